@@ -1,0 +1,1 @@
+"""graphq: a graph-mode quantizer for PyTorch."""

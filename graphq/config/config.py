@@ -1,0 +1,157 @@
+"""QuantConfig: an ordered list of rules; the last match wins, ignore beats all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from graphq.config.scheme import Scheme
+from graphq.config.selectors import Layer, Selector, describe, matches, vocabulary
+from graphq.errors import ConfigError, did_you_mean
+
+
+class Rule(BaseModel):
+    """The layers that `select` chooses are quantized by `scheme`, or left float where it is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    select: Selector = Field(description="Module path, 're:…', glob, class, op, or callable (see selectors).")
+    scheme: Scheme | None = Field(None, description="A Scheme, the name of one, or None for float.")
+    reason: str = Field("", description="Why; `explain` prints it.")
+    optional: bool = Field(False, description="Matching nothing in a model is fine (for rules in presets).")
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _named_scheme(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            from graphq.config.presets import SCHEMES
+
+            if value not in SCHEMES:
+                raise ValueError(f"unknown scheme {value!r}. {did_you_mean(value, SCHEMES)}")
+            return SCHEMES[value]
+        return value
+
+    @field_serializer("select")
+    def _select_as_text(self, select: Selector) -> str:
+        if isinstance(select, type):
+            return f"{select.__module__}.{select.__qualname__}"
+        if not isinstance(select, str):
+            raise ConfigError(
+                "a callable selector cannot be written to a file",
+                where=f"rule {describe(select)}",
+                remedy="Use a module path, regular expression, glob, class or op.",
+            )
+        return select
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The scheme of one layer and the words that say which rule gave it."""
+
+    scheme: Scheme | None
+    because: str
+
+
+class QuantConfig(BaseModel):
+    """Ordered rules and an ignore list, the same for every model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str = Field("custom", description="Shown in reports and written to the model's metadata.")
+    rules: tuple[Rule, ...] = Field(description="In order; the last rule that matches a layer wins.")
+    ignore: tuple[Selector, ...] = Field((), description="Selectors of layers that stay float whatever the rules say.")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as e:
+            raise _readable(e) from e
+
+    @field_serializer("ignore")
+    def _ignore_as_text(self, ignore: tuple[Selector, ...]) -> list[str]:
+        return [Rule(select=s).model_dump()["select"] for s in ignore]
+
+    def resolve(self, layer: Layer) -> Resolution:
+        """Which rule decides on this layer."""
+        for selector in self.ignore:
+            if matches(selector, layer):
+                return Resolution(None, f"ignored by {describe(selector)}")
+        for number in range(len(self.rules) - 1, -1, -1):
+            rule = self.rules[number]
+            if matches(rule.select, layer):
+                why = f" ({rule.reason})" if rule.reason else ""
+                return Resolution(rule.scheme, f"rule {number + 1}: {describe(rule.select)}{why}")
+        return Resolution(None, "no rule selects it")
+
+    def check(self, layers: list[Layer]) -> None:
+        """Raises ConfigError for a selector that chooses nothing in this model."""
+        named = [(f"rules[{i}].select", r.select) for i, r in enumerate(self.rules) if not r.optional]
+        named += [(f"ignore[{i}]", s) for i, s in enumerate(self.ignore)]
+        for key, selector in named:
+            if not any(matches(selector, layer) for layer in layers):
+                plain = selector.removeprefix("re:").strip("*.") if isinstance(selector, str) else describe(selector)
+                raise ConfigError(
+                    f"the selector {describe(selector)} matches nothing in this model",
+                    where=f"config {self.name!r}, {key}",
+                    remedy=did_you_mean(plain, vocabulary(layers)),
+                )
+
+    def with_rules(self, *rules: Rule, ignore: tuple[Selector, ...] = ()) -> QuantConfig:
+        """This config with more rules after its own (they win), and more to ignore."""
+        return QuantConfig(name=f"{self.name}+", rules=(*self.rules, *rules), ignore=(*self.ignore, *ignore))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(json.loads(self.model_dump_json(exclude_defaults=True)), sort_keys=False)
+
+    @classmethod
+    def from_text(cls, text: str, *, where: str = "config") -> QuantConfig:
+        """Parse YAML or JSON (which is YAML). Raises ConfigError that names the key at fault."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ConfigError(f"not valid YAML or JSON: {e}", where=where, remedy="Mend the syntax.") from e
+        if not isinstance(data, dict):
+            raise ConfigError("a config file holds a mapping with 'rules'", where=where, remedy="See `graphq schema`.")
+        try:
+            return cls(**data)
+        except ConfigError as e:
+            raise ConfigError(e.what, where=f"{where}, {e.where}" if e.where else where, remedy=e.remedy) from e
+
+    @classmethod
+    def load(cls, source: str | Path | QuantConfig) -> QuantConfig:
+        """A config as it is, the preset of that name, or the YAML or JSON file at that path."""
+        from graphq.config.presets import CONFIGS
+
+        if isinstance(source, QuantConfig):
+            return source
+        if str(source) in CONFIGS:
+            return CONFIGS[str(source)]
+        path = Path(source)
+        if path.suffix in (".yaml", ".yml", ".json"):
+            if not path.exists():
+                raise ConfigError(f"no such config file: {path}", remedy="Check the path.")
+            return cls.from_text(path.read_text(), where=str(path))
+        raise ConfigError(
+            f"unknown preset {str(source)!r}",
+            remedy=did_you_mean(str(source), CONFIGS) + " Or give the path of a .yaml or .json file.",
+        )
+
+
+def _readable(error: ValidationError) -> ConfigError:
+    """The first complaint of pydantic, with the key it is about and the nearest key that exists."""
+    first = error.errors()[0]
+    keys = [str(k) for k in first["loc"] if not (isinstance(k, str) and ("(" in k or "[" in k or k in ("str", "type")))]
+    remedy = "`graphq schema` prints every key."
+    if first["type"] == "extra_forbidden" and keys:
+        known: set[str] = set()
+        for model in (QuantConfig, Rule, Scheme):
+            known |= set(model.model_fields)
+        from graphq.config.spec import QuantSpec
+
+        remedy = did_you_mean(keys[-1], known | set(QuantSpec.model_fields))
+    return ConfigError(first["msg"].removeprefix("Value error, "), where=".".join(keys) or None, remedy=remedy)

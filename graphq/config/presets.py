@@ -1,0 +1,40 @@
+"""Named schemes and configs: data only."""
+
+from __future__ import annotations
+
+from graphq.config.config import QuantConfig, Rule
+from graphq.config.scheme import Scheme
+from graphq.config.spec import QuantSpec
+
+WEIGHT_INT8 = QuantSpec(format="int8", symmetric=True, granularity="channel", narrow_range=True)
+ACTIVATION_UINT8 = QuantSpec(format="uint8", symmetric=False, granularity="tensor", observer="mse")
+
+SCHEMES: dict[str, Scheme] = {
+    "int8": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_UINT8),
+    "int8_weight_only": Scheme(weight=WEIGHT_INT8),
+    "float": Scheme(),
+}
+
+CONFIGS: dict[str, QuantConfig] = {
+    "int8": QuantConfig(
+        name="int8",
+        rules=(
+            Rule(select="*", scheme=SCHEMES["int8"]),
+            Rule(
+                select="matmul",
+                scheme=None,
+                optional=True,
+                reason="products of two activations lose accuracy; opt in with a rule on 'matmul'",
+            ),
+            Rule(
+                select="attention",
+                scheme=None,
+                optional=True,
+                reason="attention scores and probabilities lose accuracy; opt in with a rule on 'attention'",
+            ),
+        ),
+    ),
+    "int8_weight_only": QuantConfig(
+        name="int8_weight_only", rules=(Rule(select="*", scheme=SCHEMES["int8_weight_only"]),)
+    ),
+}

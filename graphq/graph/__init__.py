@@ -1,0 +1,1 @@
+"""torch.fx made pleasant: capture, views, patterns, passes, and the graphq:: operators."""

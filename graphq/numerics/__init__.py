@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: number formats and the arithmetic of quantization. Knows nothing of graphs."""

@@ -1,0 +1,53 @@
+"""One form for every op: the passes that run on each captured graph before anything is decided."""
+
+from graphq.graph.passes import Pipeline, RewritePass
+
+from .drop_noops import DropCast, DropDropout, DropExpand, DropIdentity, DropReshape, DropSlice, drop_asserts
+from .fold_batchnorm import (
+    FoldBatchNormAfterCat,
+    FoldBatchNormAfterSplit,
+    FoldBatchNormIntoConv,
+    FoldBatchNormIntoConvTranspose,
+    FoldBatchNormIntoLinear,
+    FoldBatchNormIntoNextConv,
+)
+from .fold_pad import FoldPadIntoConv
+from .normalize_clip import Clamp, ClampMin, ClipFromZero, Relu6
+from .normalize_conv import ConvSame
+from .normalize_linear import AddBias, Addmm, MatmulParameter
+from .normalize_mean import GlobalMean
+from .recognize_gelu import ErfGelu, TanhGelu
+from .recognize_norm import LayerNormBySqrt, RmsNorm
+from .recognize_silu import Silu
+from .recognize_softmax import SoftmaxByExp
+
+
+def canonical_pipeline() -> Pipeline:
+    """The canonical passes, in order."""
+    return Pipeline(
+        "canonical",
+        [
+            drop_asserts,
+            RewritePass(DropDropout, DropIdentity, DropCast, DropReshape, DropExpand, DropSlice, name="drop_noops"),
+            RewritePass(Relu6, Clamp, ClampMin, ClipFromZero, name="normalize_clip"),
+            RewritePass(ConvSame, name="normalize_conv"),
+            RewritePass(Addmm, MatmulParameter, AddBias, name="normalize_linear"),
+            RewritePass(ErfGelu, TanhGelu, Silu, name="recognize_activations"),
+            RewritePass(LayerNormBySqrt, RmsNorm, SoftmaxByExp, name="recognize_norms"),
+            RewritePass(GlobalMean, name="normalize_mean"),
+            RewritePass(FoldPadIntoConv, name="fold_pad"),
+            RewritePass(
+                FoldBatchNormIntoConv,
+                FoldBatchNormIntoConvTranspose,
+                FoldBatchNormIntoLinear,
+                FoldBatchNormAfterCat,
+                FoldBatchNormAfterSplit,
+    FoldBatchNormAfterSplit,
+                FoldBatchNormIntoNextConv,
+                name="fold_batchnorm",
+            ),
+        ],
+    )
+
+
+__all__ = ["canonical_pipeline"]

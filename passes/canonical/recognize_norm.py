@@ -1,0 +1,54 @@
+"""Recognize layer norm and RMS norm in graphs where they were traced as their formulas."""
+
+import torch
+
+from graphq.graph.matcher import Match
+from graphq.graph.passes import Rewrite
+
+aten = torch.ops.aten
+
+
+def _over_last(m: Match) -> str | None:
+    rank = len(m.x.shape)
+    if [d % rank for d in m.dims] != [rank - 1]:
+        return "the mean is not over the last dimension"
+    for name in ("gamma", "beta"):
+        if name in m._bound and (not hasattr(m._bound[name], "op") or len(getattr(m, name).shape) != 1):
+            return f"{name} is not a vector"
+    return None if isinstance(m.eps, float) and m.keepdim is True else "epsilon is computed"
+
+
+class LayerNormBySqrt(Rewrite):
+    """d = x - mean(x);  d / sqrt(mean(d²) + eps) · gamma + beta  ⇒  layer_norm(x, gamma, beta, eps)."""
+
+    @staticmethod
+    def pattern(op, x, gamma, beta, eps, dims, keepdim):
+        d = x - op.mean(x, dims, keepdim)
+        var = op.mean(op.either(op.pow(d, 2.0), d * d), dims, keepdim)
+        unit = op.either(d / op.sqrt(var + eps), d * op.rsqrt(var + eps))
+        return unit * gamma + beta
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return _over_last(m)
+
+    @staticmethod
+    def rewrite(m: Match):
+        return m.call(aten.layer_norm.default, m.x, [m.x.shape[-1]], m.gamma, m.beta, m.eps)
+
+
+class RmsNorm(Rewrite):
+    """x · rsqrt(mean(x²) + eps) · gamma  ⇒  rms_norm(x, gamma, eps)."""
+
+    @staticmethod
+    def pattern(op, x, gamma, eps, dims, keepdim):
+        power = op.either(op.pow(x, 2.0), x * x)
+        return gamma * (x * op.rsqrt(op.mean(power, dims, keepdim) + eps))
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return _over_last(m)
+
+    @staticmethod
+    def rewrite(m: Match):
+        return m.call(aten.rms_norm.default, m.x, [m.x.shape[-1]], m.gamma, m.eps)

@@ -1,1 +1,17 @@
-""""""
+"""Observers: who finds the range of a tensor. Each sees any amount of data in bounded memory, and merges."""
+
+from graphq.observers.base import OBSERVERS, Observer, make_observer
+from graphq.observers.minmax import MinMax, MovingAverage
+from graphq.observers.percentile import Percentile
+from graphq.observers.search import Entropy, MeanSquaredError
+
+__all__ = [
+    "OBSERVERS",
+    "Entropy",
+    "MeanSquaredError",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "Percentile",
+    "make_observer",
+]

@@ -1,1 +1,23 @@
-""""""
+"""What is quantized together. At one op the first pattern of the list that fits counts."""
+
+from .base import QuantPattern
+from .elementwise import COMPUTING, MOVING, Add, AddActivation, Concat, Matmul, Mul
+from .weighted import Conv, ConvActivation, ConvTranspose, Embedding, Linear, LinearActivation
+
+PATTERNS: list[type[QuantPattern]] = [
+    ConvActivation,
+    LinearActivation,
+    AddActivation,
+    Conv,
+    ConvTranspose,
+    Linear,
+    Embedding,
+    Matmul,
+    Add,
+    Mul,
+    Concat,
+    *COMPUTING,
+    *MOVING,
+]
+
+__all__ = ["PATTERNS", "QuantPattern"]

@@ -1,1 +1,9 @@
-""""""
+"""Decide, then do: annotate, insert_quantizers, the saturation guard, quantize_bias, to_qdq."""
+
+from .annotate import annotate
+from .insert_quantizers import insert_quantizers
+from .quantize_bias import quantize_bias
+from .saturation_guard import guard_saturation
+from .to_qdq import to_qdq
+
+__all__ = ["annotate", "guard_saturation", "insert_quantizers", "quantize_bias", "to_qdq"]

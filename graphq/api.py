@@ -1,0 +1,131 @@
+"""capture → prepare → calibrate → convert → export, each a function from a graph to a graph."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from graphq.calibration.runner import run_calibration
+from graphq.config import QuantConfig
+from graphq.errors import StateError
+from graphq.graph.capture import capture
+from graphq.graph.decision import decision_of
+from graphq.graph.view import parameter
+from graphq.passes.canonical import canonical_pipeline
+from graphq.passes.placement import annotate, guard_saturation, insert_quantizers, quantize_bias, to_qdq
+from graphq.passes.placement.quantize_bias import least_weight_scale
+from graphq.passes.targets import Target, get_target
+from graphq.quantizer import TensorQuantizer, quantizers
+
+STAGE = "graphq_stage"
+Model = nn.Module | fx.GraphModule | ExportedProgram
+
+
+def stage_of(gm: Any) -> str:
+    """captured, prepared, calibrated or converted; "" for what graphq has not made."""
+    return gm.meta.get(STAGE, "") if isinstance(gm, fx.GraphModule) else ""
+
+
+def _expect(gm: Any, stage: str, caller: str, remedy: str) -> None:
+    found = stage_of(gm)
+    if found != stage:
+        what = f"a graph that is {found}" if found else f"a {type(gm).__name__}"
+        raise StateError(f"{caller} takes a graph that is {stage}, and got {what}", remedy=remedy)
+
+
+def prepare(
+    model: Model,
+    config: QuantConfig | str | Path = "int8",
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: Target | str = "onnxruntime",
+    dynamic_shapes: Any = "batch",
+) -> fx.GraphModule:
+    """Capture a model, decide on every op, and place quantizers; it still computes what the float model does.
+
+    config: a QuantConfig, a preset name, or a YAML or JSON file. args, kwargs, dynamic_shapes: see `capture`.
+    target: a Target, or the name of one; `get_target("onnxruntime", cpu="avx2")` is for another machine.
+    """
+    if stage_of(model) in ("prepared", "calibrated", "converted"):
+        raise StateError(
+            f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
+        )
+    config, target = QuantConfig.load(config), get_target(target)
+    gm = capture(model, args, kwargs, dynamic_shapes)
+    canonical_pipeline()(gm)
+    annotate(gm, config, target)
+    insert_quantizers(gm)
+    gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
+    return gm
+
+
+def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> fx.GraphModule:
+    """Show data to the observers and fix all scales; afterwards the graph simulates the quantized model.
+
+    data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
+    """
+    if stage_of(prepared) != "calibrated":
+        _expect(prepared, "prepared", "calibrate", "Call graphq.prepare first.")
+    every = quantizers(prepared)
+    for q in every.values():
+        q.observe()
+    try:
+        run_calibration(prepared, data, progress=progress)
+        _observe_constants(prepared)
+        for q in every.values():
+            q.freeze()
+    except BaseException:
+        for q in every.values():
+            q.observer, q.state = None, "off"
+        prepared.meta[STAGE] = "prepared"
+        raise
+    _fit_weights(prepared)
+    prepared.meta[STAGE] = "calibrated"
+    return prepared
+
+
+def _observe_constants(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        quantizer = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, TensorQuantizer) and quantizer.constant:
+            tensor = parameter(gm, node.args[0])
+            assert tensor is not None
+            quantizer.update(tensor)
+
+
+def _fit_weights(gm: fx.GraphModule) -> None:
+    """Bend weight scales to what the target's kernels stand: no bias overflow, no int16 saturation."""
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        if decision is None or decision.action != "quantize" or decision.bias_form != "int32":
+            continue
+        bias = parameter(gm, decision.bias)
+        if bias is None:
+            continue
+        x, w = (gm.get_submodule(str(a.target)) for a in node.all_input_nodes[:2])
+        least = least_weight_scale(bias.detach(), x.scale)
+        least = least.reshape(w.scale.shape) if w.block else least.max()
+        w.scale = torch.maximum(w.scale, least)
+    if gm.meta["graphq_target"].saturates:
+        guard_saturation(gm)
+        gm.recompile()
+
+
+def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
+    """Replace quantizers by graphq::quantize and graphq::dequantize, weights and biases by integer codes.
+
+    A new graph; the calibrated one stays as it is.
+    """
+    _expect(calibrated, "calibrated", "convert", "Call graphq.prepare and graphq.calibrate first.")
+    gm = copy.deepcopy(calibrated)
+    gm.meta = {**calibrated.meta}
+    quantize_bias(gm)
+    to_qdq(gm)
+    gm.meta[STAGE] = "converted"
+    return gm

@@ -1,0 +1,48 @@
+"""Decision: what annotate writes on every op, and explain prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from graphq.config.spec import QuantSpec
+
+Action = Literal["quantize", "weight_only", "carry", "fuse", "float", "skip"]
+KEY = "graphq"  # under which a node's meta keeps its decision
+
+
+@dataclass
+class Decision:
+    """What happens to one op, and why.
+
+    action: "quantize" (integer inputs), "weight_only", "carry" (runs on the codes of its input), "fuse" (computed
+        inside another op's kernel), "float", or "skip" (shapes, indices and masks: never quantized).
+    kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
+    inputs: producer → spec of each edge to quantize. output: spec of the result, where the kernel needs one.
+    """
+
+    action: Action
+    reason: str
+    rule: str = ""
+    pattern: str = ""
+    kernel: str = ""
+    head: fx.Node | None = None
+    inputs: dict[fx.Node, QuantSpec] = field(default_factory=dict)
+    weight: fx.Node | None = None
+    weight_spec: QuantSpec | None = None
+    weight_axis: int = 0
+    bias: fx.Node | None = None
+    bias_form: str = "float"
+    output: QuantSpec | None = None
+
+    def to_float(self, reason: str) -> None:
+        """Veto: leave the op float."""
+        self.action, self.reason, self.kernel = "float", reason, ""
+        self.inputs, self.weight_spec, self.output = {}, None, None
+
+
+def decision_of(node: fx.Node) -> Decision | None:
+    """The decision on a node, once annotate has run."""
+    return node.meta.get(KEY)

@@ -1,0 +1,41 @@
+"""The two ops of ONNX's own form, to which lowering for ONNX runtimes translates graphq::quantize and dequantize.
+
+    quantize_linear(x, scale, zero_point) → codes                         per tensor
+    dequantize_linear(codes, scale, zero_point, axis) → float32           per tensor (scalar scale) or per axis
+
+They mean exactly what ONNX's QuantizeLinear and DequantizeLinear mean; the zero point carries the dtype of the codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("graphq::quantize_linear", mutates_args=())
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    limits = torch.iinfo(zero_point.dtype)
+    codes = torch.round(x / scale) + zero_point.to(torch.int32)
+    return codes.clamp(limits.min, limits.max).to(zero_point.dtype)
+
+
+@quantize_linear.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("graphq::dequantize_linear", mutates_args=())
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    if scale.ndim:
+        shape = [-1 if d == axis else 1 for d in range(codes.ndim)]
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    return (codes.to(torch.int32) - zero_point.to(torch.int32)).float() * scale
+
+
+@dequantize_linear.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+QUANTIZE_LINEAR = torch.ops.graphq.quantize_linear.default
+DEQUANTIZE_LINEAR = torch.ops.graphq.dequantize_linear.default

@@ -1,0 +1,126 @@
+"""Lower a converted graph to the QDQ form that ONNX Runtime's optimizer fuses.
+
+    pad ── quantize ── dequantize ── conv      ⇒   pad ── conv                   (the pad then folds into the conv)
+    linear(x, dequantize(codes [out, in]))     ⇒   matmul(x, dequantize(codesᵀ)) + bias,  or addmm for a matrix x
+    quantize, dequantize (block, format)       ⇒   quantize_linear, dequantize_linear (axis, dtype)
+
+Every op keeps its name in `meta["custom"]`, so that the exported file can be compared with the graph op by op.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx
+
+from graphq.errors import TargetError
+from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, QUANTIZE_LINEAR
+from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
+from graphq.graph.optable import family_of
+from graphq.graph.passes import finish
+from graphq.graph.view import parameter, set_parameter, value_of
+
+aten = torch.ops.aten
+NAME = "graphq"  # key in meta["custom"]; torch.export carries it through
+
+
+def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
+    """A new graph in ONNX's form that computes the same."""
+    gm = copy.deepcopy(converted)
+    gm.meta = dict(converted.meta)
+    for node in gm.graph.nodes:
+        node.meta["custom"] = {NAME: node.name}
+    for node in list(gm.graph.nodes):
+        if node.target is QUANTIZE and family_of(node.args[0].target) == "pad":
+            _skip_requantization(node)
+    for node in list(gm.graph.nodes):
+        if family_of(node.target) == "linear" and node.args[1].target is DEQUANTIZE:
+            _linear_to_matmul(gm, node)
+    gm.graph.eliminate_dead_code()
+    for node in list(gm.graph.nodes):
+        if node.target in (QUANTIZE, DEQUANTIZE):
+            _to_onnx_form(gm, node)
+    finish(gm)
+    return gm
+
+
+def _skip_requantization(quantize: fx.Node) -> None:
+    """Zeros around quantized values are quantized already: the second Q/DQ with the same scale changes nothing."""
+    for dequantize in list(quantize.users):
+        dequantize.replace_all_uses_with(quantize.args[0])
+
+
+def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
+    x, weight, *rest = node.args
+    bias = rest[0] if rest else node.kwargs.get("bias")
+    graph = gm.graph
+    with graph.inserting_before(node):
+        matrix = _transposed(gm, weight)
+        if bias is None:
+            result = graph.call_function(aten.matmul.default, (x, matrix))
+        elif value_of(x).ndim == 2:
+            result = graph.call_function(aten.addmm.default, (bias, x, matrix))
+        else:
+            product = graph.call_function(aten.matmul.default, (x, matrix))
+            product.meta = {**node.meta, "custom": {NAME: f"{node.name}_matmul"}}
+            result = graph.call_function(aten.add.Tensor, (product, bias))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
+    """dequantize(codes [out, in]) as dequantize(codes [in, out]), in front of the node being rewritten."""
+    codes, scale, zero, block, form = weight.args
+    reads = []
+    for read in (codes, scale, zero):
+        tensor = parameter(gm, read)
+        assert tensor is not None
+        turned = tensor.t().contiguous() if tensor.ndim == 2 else tensor
+        reads.append(gm.graph.get_attr(set_parameter(gm, f"{read.target}_t", turned)))
+        reads[-1].meta = {"val": turned, "custom": dict(read.meta["custom"])}
+    new = gm.graph.call_function(DEQUANTIZE, (*reads, list(reversed(block)), form))
+    new.meta = dict(weight.meta)
+    return new
+
+
+def _to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
+    source, scale, zero, block, form = node.args
+    axis = _axis(node, block)
+    fmt, _ = parse_format(form)
+    with gm.graph.inserting_before(node):
+        flat_scale = _flat(gm, scale, torch.float32, "onnx_scale")
+        flat_zero = _flat(gm, zero, fmt.storage, "onnx_zero_point")
+        if node.target is QUANTIZE:
+            new = gm.graph.call_function(QUANTIZE_LINEAR, (source, flat_scale, flat_zero))
+        else:
+            new = gm.graph.call_function(DEQUANTIZE_LINEAR, (source, flat_scale, flat_zero, axis))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _axis(node: fx.Node, block: list[int]) -> int:
+    """The one axis along which scales differ; 0 for a scale per tensor."""
+    if not block:
+        return 0
+    axes = [d for d, b in enumerate(block) if b != -1]
+    if len(axes) != 1 or block[axes[0]] != 1:
+        raise TargetError(
+            f"a scale per block {list(block)} has no lowering to ONNX yet",
+            where=node.name,
+            remedy="Use granularity 'tensor' or 'channel' for models that are exported.",
+        )
+    return axes[0]
+
+
+def _flat(gm: fx.GraphModule, read: fx.Node, dtype: torch.dtype, leaf: str) -> fx.Node:
+    """The scale or zero point as ONNX wants it: a scalar or a vector, in that dtype."""
+    tensor = parameter(gm, read)
+    assert isinstance(tensor, Tensor)
+    flat = (tensor.reshape(-1) if tensor.ndim else tensor).to(dtype)
+    owner = str(read.target).rpartition(".")[0]
+    node = gm.graph.get_attr(set_parameter(gm, f"{owner}.{leaf}", flat))
+    node.meta = {"val": flat, "custom": dict(read.meta.get("custom", {}))}
+    return node

@@ -1,0 +1,30 @@
+"""What a quantization pattern says: which ops are computed together, and which of its captures are activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from graphq.graph.matcher import Match
+from graphq.graph.pattern import Expr
+
+
+class QuantPattern:
+    """Ops that one kernel computes. `pattern` finds them; `check` says why not, or None.
+
+    family: the row of the target's kernel table. head: the op that does the work; the others are fused into it.
+    activations: captures that carry activations (a list capture stands for all its members).
+    weight, bias: captures of the parameters. weight_axis: the axis of the weight's output channels.
+    """
+
+    pattern: ClassVar[Callable[..., Expr]]
+    family: ClassVar[str]
+    head: ClassVar[str]
+    activations: ClassVar[tuple[str, ...]] = ("x",)
+    weight: ClassVar[str | None] = None
+    bias: ClassVar[str | None] = None
+    weight_axis: ClassVar[int] = 0
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return None

@@ -1,0 +1,105 @@
+"""Ops between weighted ones: products and sums of activations, activations, pooling, concatenation, normalization."""
+
+from torch import Tensor
+
+from graphq.graph.matcher import Match
+from graphq.graph.view import LayerView, value_of
+
+from .base import QuantPattern
+from .mask import is_mask
+
+
+def two_tensors(m: Match) -> str | None:
+    """Why an op on a and b is not an op on two float tensors, or None."""
+    for operand in (m.a, m.b):
+        if not isinstance(operand, LayerView):
+            return "an operand is a plain number"
+        value = value_of(operand.node)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return "an operand is not a float tensor"
+        if is_mask(operand.node):
+            return "an operand is an additive mask"
+    return None
+
+
+class Matmul(QuantPattern):
+    """a ─ Q ─ matmul ─ Q ─ b."""
+
+    family, head, activations = "matmul", "matmul", ("x", "y")
+
+    @staticmethod
+    def pattern(op, x, y):
+        return op.matmul(x, y)
+
+
+class Add(QuantPattern):
+    """a ─ Q ─ add ─ Q, b ─ Q ─."""
+
+    family, head, activations = "add", "add", ("a", "b")
+
+    @staticmethod
+    def pattern(op, a, b):
+        return op.add(a, b)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return two_tensors(m)
+
+
+class AddActivation(Add):
+    """a ─ Q ─ add ─ relu | clip ─ Q, b ─ Q ─: the end of a residual block."""
+
+    @staticmethod
+    def pattern(op, a, b):
+        return op.one_of("relu", "clip", name="activation")(op.add(a, b))
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        if m.add.users > 1:
+            return "the sum feeds something besides the activation"
+        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
+            return "its lower bound is not zero"
+        return two_tensors(m)
+
+
+class Mul(QuantPattern):
+    """a ─ Q ─ mul ─ Q, b ─ Q ─."""
+
+    family, head, activations = "mul", "mul", ("a", "b")
+
+    @staticmethod
+    def pattern(op, a, b):
+        return op.mul(a, b)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return two_tensors(m)
+
+
+class Concat(QuantPattern):
+    """every input ─ Q ─ cat ─ Q."""
+
+    family, head, activations = "cat", "cat", ("tensors",)
+
+    @staticmethod
+    def pattern(op, tensors):
+        return op.cat(tensors)
+
+
+def unary(family_name: str) -> type[QuantPattern]:
+    """The pattern of one op on one tensor: x ─ op."""
+
+    def pattern(op, x):
+        return getattr(op, family_name)(x)
+
+    name = "".join(part.capitalize() for part in family_name.split("_"))
+    body = {"family": family_name, "head": family_name, "pattern": staticmethod(pattern)}
+    return type(name, (QuantPattern,), {**body, "__doc__": f"x ─ {family_name}.", "__module__": __name__})
+
+
+COMPUTING = [
+    unary(f)
+    for f in ("relu", "clip", "leaky_relu", "sigmoid", "silu", "gelu", "hardswish", "hardsigmoid", "softmax",
+              "avg_pool", "adaptive_avg_pool", "layer_norm", "rms_norm", "group_norm", "batch_norm", "attention")
+]  # fmt: skip
+MOVING = [unary(f) for f in ("max_pool", "reshape", "transpose", "slice", "split", "expand", "pad", "resize", "roll")]

@@ -1,0 +1,89 @@
+"""Ops with a weight: convolution and linear, alone or with the activation that their kernels take in."""
+
+from graphq.graph.matcher import Match
+
+from .base import QuantPattern
+
+
+class Conv(QuantPattern):
+    """x ─ Q ─ conv ─ Q."""
+
+    family, head, weight, bias = "conv", "conv", "weight", "bias"
+
+    @staticmethod
+    def pattern(op, x, weight, bias):
+        return op.conv(x, weight, bias)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return None if m.tensor("weight") is not None else "its weight is computed, not a parameter"
+
+
+class ConvActivation(Conv):
+    """x ─ Q ─ conv ─ relu | clip ─ Q: the codes after Q cannot leave the bounds, so that the kernel skips the op."""
+
+    @staticmethod
+    def pattern(op, x, weight, bias):
+        return op.one_of("relu", "clip", name="activation")(op.conv(x, weight, bias))
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        if m.conv.users > 1:
+            return "the convolution feeds something besides the activation"
+        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
+            return "its lower bound is not zero"
+        return Conv.check(m)
+
+
+class ConvTranspose(QuantPattern):
+    """x ─ Q ─ conv_transpose."""
+
+    family, head, weight, bias, weight_axis = "conv_transpose", "conv_transpose", "weight", "bias", 1
+
+    @staticmethod
+    def pattern(op, x, weight, bias):
+        return op.conv_transpose(x, weight, bias)
+
+
+class Linear(QuantPattern):
+    """x ─ Q ─ linear."""
+
+    family, head, weight, bias = "linear", "linear", "weight", "bias"
+
+    @staticmethod
+    def pattern(op, x, weight, bias):
+        return op.linear(x, weight, bias)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return None if m.tensor("weight") is not None else "its weight is computed, not a parameter"
+
+
+class LinearActivation(Linear):
+    """x [n, in] ─ Q ─ linear ─ relu ─ Q."""
+
+    family = "linear_activation"
+
+    @staticmethod
+    def pattern(op, x, weight, bias):
+        return op.one_of("relu", "clip", name="activation")(op.linear(x, weight, bias))
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        if m.linear.users > 1:
+            return "the linear feeds something besides the activation"
+        if len(m.x.shape) != 2:
+            return "only a matrix product takes the activation in"
+        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
+            return "its lower bound is not zero"
+        return Linear.check(m)
+
+
+class Embedding(QuantPattern):
+    """indices ─ embedding(table)."""
+
+    family, head, weight, activations = "embedding", "embedding", "weight", ()
+
+    @staticmethod
+    def pattern(op, weight, indices):
+        return op.embedding(weight, indices)

@@ -1,0 +1,246 @@
+"""Decide on every op: what becomes of it, by which rule and kernel, and why. Nothing is changed yet.
+
+1. One walk from the outputs finds the patterns; each match becomes a Group of ops that one kernel computes.
+2. The config gives each group a scheme, the target's table a kernel (or the reason why there is none).
+3. Groups that pay off only among integers ("between", "carry") are settled together: all start as integers, and one
+   that lacks an integer producer or an integer consumer is dropped, until none is.
+4. Every op gets its Decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from graphq.config import QuantConfig, QuantSpec, Resolution, Scheme
+from graphq.errors import TargetError
+from graphq.graph.decision import KEY, Decision
+from graphq.graph.matcher import Match, RuleIndex
+from graphq.graph.view import LayerView, is_float, layers, value_of
+
+from ..patterns import PATTERNS, QuantPattern
+from ..targets.table import Kernel, Target
+
+
+@dataclass
+class Group:
+    """The ops of one pattern match, with what is known about it so far."""
+
+    pattern: type[QuantPattern]
+    match: Match
+    head: fx.Node
+    root: fx.Node
+    activations: list[fx.Node]
+    resolution: Resolution
+    kernel: Kernel | None
+    reason: str  # why it stays float; "" while it may be quantized
+    members: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.resolution.scheme or Scheme()
+
+    @property
+    def integer(self) -> bool:
+        return self.kernel is not None and not self.reason
+
+    @property
+    def role(self) -> str:
+        return self.kernel.role if self.kernel else ""
+
+
+def annotate(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
+    """Write a Decision on every op of the graph. Raises ConfigError for a selector that matches nothing, TargetError
+    for a spec that the target cannot express."""
+    views = layers(gm)
+    config.check(views)  # type: ignore[arg-type]
+    groups = _find_groups(gm, config, target)
+    by_root = {g.root: g for g in groups}
+    _settle(groups, by_root)
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.meta[KEY] = _default_decision(LayerView(gm, node), config, target)
+    for group in groups:
+        _write(group, target)
+
+
+def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> list[Group]:
+    index = RuleIndex(PATTERNS)
+    claimed: set[fx.Node] = set()
+    groups = []
+    for node in reversed(gm.graph.nodes):
+        if node in claimed or not _floats(node):
+            continue
+        refusals = []
+        for pattern, match in index.at(gm, node):
+            if any(n in claimed for n in match.nodes):
+                continue
+            refusal = pattern.check(match)
+            if refusal is not None and len(match.nodes) > 1:
+                continue  # a smaller pattern may still fit
+            if refusal is not None:
+                refusals.append(refusal)
+                continue
+            group = _group(gm, pattern, match, config, target)
+            claimed |= set(group.members)
+            groups.append(group)
+            break
+        else:
+            if refusals:
+                node.meta["graphq_refusal"] = refusals[0]
+    groups.reverse()
+    return groups
+
+
+def _floats(node: fx.Node) -> bool:
+    value = value_of(node)
+    if isinstance(value, (list, tuple)):
+        return bool(value) and isinstance(value[0], Tensor) and value[0].is_floating_point()
+    return is_float(node)
+
+
+def _group(
+    gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig, target: Target
+) -> Group:
+    head = match._bound[pattern.head]
+    resolution = config.resolve(LayerView(gm, head))
+    activations: list[fx.Node] = []
+    for name in pattern.activations:
+        bound = match._bound[name]
+        activations += bound if isinstance(bound, (list, tuple)) else [bound]
+    kernel, reason = target.kernel_for(pattern.family, match)
+    if kernel is not None:
+        scheme = resolution.scheme
+        reason = resolution.because if scheme is None else _refuse(pattern, kernel, scheme, target, match)
+    group = Group(pattern, match, head, match.nodes[0], activations, resolution, kernel, reason)
+    group.members = list(match.nodes)
+    return group
+
+
+def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target: Target, match: Match) -> str:
+    """Why a group with a kernel and a scheme stays float, or ''."""
+    if scheme.input is None:
+        return "the scheme quantizes weights only" if pattern.weight else "the scheme leaves activations float"
+    if pattern.weight and scheme.weight is None:
+        return "the scheme leaves its weight float, and the kernel wants integers on both sides"
+    where = f"scheme of {match.root.where()}"
+    _check_activation(scheme.input, target, where)
+    if scheme.output is not None:
+        _check_activation(scheme.output, target, where)
+    if pattern.weight and scheme.weight is not None and scheme.weight.granularity in ("group", "block"):
+        raise TargetError(
+            f"no integer kernel of {target.name} takes weights with a scale per {scheme.weight.granularity}",
+            where=where,
+            remedy="Use granularity 'channel' or 'tensor', or a scheme without input (weight only).",
+        )
+    return ""
+
+
+def _check_activation(spec: QuantSpec, target: Target, where: str) -> None:
+    if spec.dynamic:
+        raise TargetError("dynamic activations are not placed for this target", where=where, remedy="dynamic: false.")
+    if spec.format not in target.activation_formats:
+        known = ", ".join(sorted(target.activation_formats))
+        raise TargetError(f"{target.name} has no kernels for {spec.format} activations", where=where,
+                          remedy=f"Use one of: {known}.")  # fmt: skip
+    if spec.granularity != "tensor":
+        raise TargetError(
+            f"{target.name} fails at run time with a scale per {spec.granularity} on activations",
+            where=where,
+            remedy="Use granularity 'tensor' for input and output.",
+        )
+    if spec.narrow_range:
+        raise TargetError(
+            "ONNX's QuantizeLinear saturates to the whole format", where=where, remedy="narrow_range: false for input."
+        )
+
+
+def _settle(groups: list[Group], by_root: dict[fx.Node, Group]) -> None:
+    """Drop "between" and "carry" groups that are not between integers; the largest set that is consistent stays."""
+    while True:
+        produced = _integer_producers(groups, by_root)
+        consumed = _integer_consumers(groups)
+        dropped = 0
+        for g in groups:
+            if not g.integer or g.role == "compute":
+                continue
+            if not any(a in produced for a in g.activations):
+                g.reason, dropped = "its inputs come from float ops", dropped + 1
+            elif g.root not in consumed:
+                g.reason, dropped = "its result goes to float ops only", dropped + 1
+        if not dropped:
+            return
+
+
+def _integer_producers(groups: list[Group], by_root: dict[fx.Node, Group]) -> set[fx.Node]:
+    """Results that come out of a kernel as codes; groups are in topological order."""
+    produced: set[fx.Node] = set()
+    for g in groups:
+        if not g.integer:
+            continue
+        if g.role == "compute":
+            if g.kernel is not None and (g.kernel.output == "required" or g.scheme.output is not None):
+                produced.add(g.root)
+        elif any(a in produced for a in g.activations):
+            produced.add(g.root)
+    return produced
+
+
+def _integer_consumers(groups: list[Group]) -> set[fx.Node]:
+    """Results that an integer kernel reads, directly or through ops that only move data."""
+    consumed: set[fx.Node] = set()
+    for g in reversed(groups):
+        if g.integer and (g.role == "compute" or g.root in consumed):
+            consumed.update(g.activations)
+    return consumed
+
+
+def _default_decision(view: LayerView, config: QuantConfig, target: Target) -> Decision:
+    """For ops that no pattern covers."""
+    node = view.node
+    if not _floats(node) and view.family != "getitem":
+        return Decision("skip", "it computes shapes, indices or conditions")
+    refusal = node.meta.pop("graphq_refusal", None)
+    reason = refusal or target.float_reasons.get(view.family, f"{target.name} has no integer kernel for {view.family}")
+    return Decision("float", reason, rule=config.resolve(view).because)
+
+
+def _write(group: Group, target: Target) -> None:
+    """The decisions on the ops of one group."""
+    scheme, kernel = group.scheme, group.kernel
+    decision = Decision("float", group.reason, rule=group.resolution.because, pattern=group.pattern.__name__)
+    decision.weight_axis = group.pattern.weight_axis
+    if group.integer and kernel is not None:
+        decision.action = "carry" if kernel.role == "carry" else "quantize"
+        decision.kernel = kernel.name
+        decision.reason = {
+            "compute": "the kernel takes integers",
+            "between": "it stands between integer ops",
+            "carry": "it moves codes about without changing them",
+        }[kernel.role]
+        assert scheme.input is not None
+        decision.inputs = dict.fromkeys(group.activations, scheme.input)
+        if kernel.role != "carry" and (kernel.output == "required" or scheme.output is not None):
+            decision.output = scheme.output or scheme.input
+        decision.bias_form = kernel.bias
+        _take_weight(decision, group, scheme)
+    elif group.pattern.weight and scheme.weight is not None and scheme.input is None and group.resolution.scheme:
+        decision.action, decision.reason = "weight_only", "the scheme quantizes weights only"
+        _take_weight(decision, group, scheme)
+    for node in group.members:
+        node.meta[KEY] = decision if node is group.head else _fused(node, decision, group)
+
+
+def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:
+    if group.pattern.weight:
+        decision.weight, decision.weight_spec = group.match._bound[group.pattern.weight], scheme.weight
+    if group.pattern.bias:
+        decision.bias = group.match._bound[group.pattern.bias]
+
+
+def _fused(node: fx.Node, decision: Decision, group: Group) -> Decision:
+    if decision.action != "quantize":
+        return Decision("float", f"follows {group.head.name}: {decision.reason}", rule=decision.rule)
+    return Decision("fuse", f"computed in the kernel of {group.head.name}", decision.rule, decision.pattern,
+                    decision.kernel, head=group.head)  # fmt: skip

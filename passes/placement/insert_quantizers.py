@@ -1,0 +1,93 @@
+"""Carry out the decisions: a TensorQuantizer on every edge that is to be quantized.
+
+A tensor has one quantizer, however many ops read it (one Q, many DQs). Where an integer kernel makes the tensor, all
+readers get the quantized value, since a second, float reader would keep the kernel from fusing; a float tensor keeps
+its float readers. An op that only moves data calls the quantizer of its input again: one scale, by identity.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from graphq.config import QuantSpec
+from graphq.graph.decision import Decision, decision_of
+from graphq.graph.passes import finish
+from graphq.graph.view import parameter, value_of
+from graphq.quantizer import TensorQuantizer
+
+FOLDER = "quantizers"
+
+
+def insert_quantizers(gm: fx.GraphModule) -> None:
+    """Insert quantizers as the decisions say; the graph computes the same until they are calibrated."""
+    gm.add_submodule(FOLDER, nn.ModuleDict())
+    placer = _Placer(gm)
+    for node in list(gm.graph.nodes):
+        decision = decision_of(node)
+        if decision is None or decision.action in ("float", "skip", "fuse"):
+            continue
+        placer.place(node, decision)
+    finish(gm)
+
+
+class _Placer:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.placed: dict[fx.Node, fx.Node] = {}  # tensor → the node that quantizes it
+        self.root_of: dict[fx.Node, fx.Node] = {}
+        for node in gm.graph.nodes:
+            decision = decision_of(node)
+            if decision is not None and decision.action == "fuse" and decision.head is not None:
+                self.root_of[decision.head] = node
+
+    def place(self, node: fx.Node, decision: Decision) -> None:
+        for source, spec in decision.inputs.items():
+            node.replace_input_with(source, self.quantized(source, spec))
+        if decision.weight is not None and decision.weight_spec is not None:
+            block = decision.weight_spec.block_for(value_of(decision.weight).ndim, decision.weight_axis)
+            quantized = self.quantized(decision.weight, decision.weight_spec, block, constant=True)
+            node.replace_input_with(decision.weight, quantized)
+        root = self.root_of.get(node, node)
+        if decision.action == "carry":
+            self._carry(node)
+        elif decision.output is not None:
+            self._redirect(root, self.quantized(root, decision.output))
+
+    def quantized(
+        self, tensor: fx.Node, spec: QuantSpec, block: tuple[int, ...] = (), *, constant: bool = False
+    ) -> fx.Node:
+        """The node that quantizes a tensor; made once."""
+        if tensor not in self.placed:
+            constant = constant or parameter(self.gm, tensor) is not None
+            quantizer = TensorQuantizer(spec, block, _label(tensor), constant=constant)
+            name = tensor.name
+            self.gm.get_submodule(FOLDER).add_module(name, quantizer)
+            self._call(f"{FOLDER}.{name}", tensor)
+        return self.placed[tensor]
+
+    def _call(self, target: str, tensor: fx.Node) -> None:
+        with self.gm.graph.inserting_after(tensor):
+            call = self.gm.graph.call_module(target, (tensor,))
+        call.meta = {"val": tensor.meta.get("val"), "nn_module_stack": tensor.meta.get("nn_module_stack")}
+        self.placed[tensor] = call
+
+    def _carry(self, node: fx.Node) -> None:
+        """Quantize the result by the quantizer of the input."""
+        source = next(a for a in node.all_input_nodes if a.op == "call_module")
+        self._call(str(source.target), node)
+        self._redirect(node, self.placed[node])
+
+    def _redirect(self, tensor: fx.Node, quantized: fx.Node) -> None:
+        """Everything that reads the float tensor reads the quantized one."""
+        tensor.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+
+
+def _label(tensor: fx.Node) -> str:
+    """What a reader calls this tensor: the parameter's name, or the module path and op that make it."""
+    if tensor.op == "get_attr":
+        return str(tensor.target)
+    if tensor.op == "placeholder":
+        return f"input {tensor.target}"
+    stack = tensor.meta.get("nn_module_stack") or {}
+    path = next(reversed([p for p, _ in stack.values()]), "") if stack else ""
+    return f"output of {path or '(model)'} ({tensor.name})"

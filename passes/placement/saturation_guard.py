@@ -1,0 +1,113 @@
+"""Keep u8·s8 kernels from saturating on x86 without VNNI, at no cost in speed.
+
+The kernel multiplies pairs of neighbours along K, u8·s8 + u8·s8, into a saturating int16 before it adds up in int32.
+With activations up to 255, weight codes a and b of a pair are safe for every input when
+max(a, 0) + max(b, 0) ≤ 128 and max(-a, 0) + max(-b, 0) ≤ 128. Each output channel gets the scale, between its own and
+the one at which all pairs are safe, with the least squared error after unsafe pairs are clipped to the bound.
+
+K runs as (kernel row, kernel column, input channel), whatever the layout of the model. Depthwise convolutions have
+another kernel, and need nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graphq.graph.decision import Decision, decision_of
+from graphq.graph.view import LayerView, parameter, set_parameter
+from graphq.quantizer import TensorQuantizer
+
+PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
+STEPS = 9
+
+
+def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
+    """Choose weight scales and codes that no input can saturate. Returns the mean growth of the scale per layer."""
+    growth: dict[str, float] = {}
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        if decision is None or decision.action != "quantize" or decision.weight is None or _is_depthwise(gm, node):
+            continue
+        call = _weight_call(node, decision)
+        quantizer = gm.get_submodule(str(call.target))
+        assert isinstance(quantizer, TensorQuantizer)
+        weight = parameter(gm, decision.weight)
+        if weight is None or not quantizer.spec.number_format.signed or quantizer.spec.number_format.bits < 8:
+            continue
+        rows = along_k(weight.detach())
+        scale, _ = quantizer.qparams
+        safe_rows, safe_scale = guard_rows(rows, scale.reshape(-1).expand(len(rows)), per_row=bool(quantizer.block))
+        quantizer.scale = safe_scale.reshape(scale.shape) if quantizer.block else safe_scale[0]
+        _replace(gm, decision.weight, call, from_k(safe_rows, weight.shape))
+        growth[node.name] = (safe_scale / scale.reshape(-1)).mean().item()
+        decision.reason += f"; scale grown {growth[node.name]:.2f}× against int16 saturation"
+    return growth
+
+
+def guard_rows(rows: Tensor, scale: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
+    """rows [out, K] of weights, scale [out] → (weights on the safe grid [out, K], scale [out])."""
+    rows = rows.float()
+    full = _safe_scale(rows, scale)
+    full = full if per_row else full.max().expand_as(full)
+    best, best_scale = torch.zeros_like(rows), scale.clone()
+    least = torch.full_like(scale, float("inf"))
+    for step in torch.linspace(0, 1, STEPS):
+        trial = torch.lerp(scale, full, step)
+        values = clip_pairs(torch.round(rows / trial[:, None])) * trial[:, None]
+        loss = (values - rows).square().sum(1)
+        better = loss < least if per_row else (loss.sum() < least.sum()).expand_as(loss)
+        least, best_scale = torch.where(better, loss, least), torch.where(better, trial, best_scale)
+        best = torch.where(better[:, None], values, best)
+    return best, best_scale
+
+
+def clip_pairs(codes: Tensor) -> Tensor:
+    """Codes [out, K], integers in float: both of an unsafe pair give up half of the excess."""
+    k = codes.shape[1]
+    pairs = torch.nn.functional.pad(codes.clamp(-127, 127), [0, k % 2]).unflatten(1, (-1, 2))
+    for sign in (1, -1):
+        excess = ((pairs * sign).clamp(min=0).sum(-1) - PAIR_LIMIT).clamp(min=0)
+        cut = torch.stack([torch.ceil(excess / 2), torch.floor(excess / 2)], dim=-1)
+        pairs = pairs - sign * cut
+    return pairs.flatten(1)[:, :k]
+
+
+def _safe_scale(rows: Tensor, scale: Tensor) -> Tensor:
+    """The smallest scale [out] at which every pair of real-valued codes is safe, never below the given one."""
+    pairs = torch.nn.functional.pad(rows, [0, rows.shape[1] % 2]).unflatten(1, (-1, 2))
+    heaviest = torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1)).amax(1)
+    return torch.maximum(scale, heaviest / PAIR_LIMIT)
+
+
+def along_k(weight: Tensor) -> Tensor:
+    """Weight [out, in, …] → [out, K] in the order in which the kernel walks K: spatial positions, then channels."""
+    return weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def from_k(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `along_k`."""
+    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def _is_depthwise(gm: fx.GraphModule, node: fx.Node) -> bool:
+    view = LayerView(gm, node)
+    groups = view.arg("groups") if view.family == "conv" else 1
+    return groups > 1 and view.shape[1] == groups and LayerView(gm, node.args[0]).shape[1] == groups  # type: ignore[arg-type]
+
+
+def _weight_call(node: fx.Node, decision: Decision) -> fx.Node:
+    return next(a for a in node.all_input_nodes if a.op == "call_module" and a.args[0] is decision.weight)
+
+
+def _replace(gm: fx.GraphModule, old: fx.Node, call: fx.Node, tensor: Tensor) -> None:
+    """Feed the quantizer from a new parameter; the model's own stays as it is."""
+    name = set_parameter(gm, f"{old.target}_guarded", tensor)
+    with gm.graph.inserting_before(call):
+        new = gm.graph.get_attr(name)
+    new.meta = {**old.meta, "val": tensor}
+    call.args = (new,)
+    for user in call.users:
+        decision = decision_of(user)
+        if decision is not None and decision.weight is old:
+            decision.weight = new

@@ -1,0 +1,139 @@
+"""ONNX Runtime on a CPU: what its optimizer really fuses (measured with 1.32)."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import numpy as np
+
+from graphq.errors import TargetError, did_you_mean
+from graphq.graph.matcher import Match
+
+from ..lowering.onnx_qdq import lower_to_onnx_qdq
+from .table import TARGETS, Kernel, Target
+
+
+def _rank(m: Match) -> int:
+    return len(m.x.shape)
+
+
+def _static(m: Match) -> bool:
+    return all(isinstance(d, int) for d in m.x.shape)
+
+
+def rank_2(m: Match) -> str | None:
+    return None if _rank(m) == 2 else "the input is not a matrix"
+
+
+def dynamic_or_no_bias(m: Match) -> str | None:
+    """MatMul + Add of a constant becomes a Gemm where all sizes are known, and then wants the bias as integers."""
+    return None if m.bias is None or not _static(m) else "all sizes are known: MatMul + Add becomes Gemm"
+
+
+def global_pool(m: Match) -> str | None:
+    size = m.root.arg("output_size")
+    return None if set(size) == {1} else f"adaptive pooling to {list(size)} is not global pooling"
+
+
+def nearest(m: Match) -> str | None:
+    return None if "nearest" in m.root.op else "only nearest-neighbour resizing runs on integers"
+
+
+def last_axis_softmax(m: Match) -> str | None:
+    return None if m.root.arg("dim") in (-1, _rank(m) - 1) else "only softmax over the last axis has a kernel"
+
+
+def zeros_before_conv(m: Match) -> str | None:
+    mode, value = m.root.arg("mode") or "constant", m.root.arg("value")
+    if mode != "constant" or value not in (None, 0, 0.0):
+        return "Pad has no integer kernel; only zeros fold into the convolution that follows"
+    users = [LIKE_CONV.get(str(u.target).removeprefix("aten.")) for u in m.root.node.users]
+    return None if users and all(users) else "Pad has no integer kernel, and no convolution follows to take it in"
+
+
+LIKE_CONV = {"conv1d.default": True, "conv2d.default": True, "conv3d.default": True}
+
+KERNELS = {
+    # family              kernel found in the optimized model, role, what it asks for
+    "conv": [Kernel("QLinearConv", "compute")],
+    "linear": [
+        Kernel("QGemm", "compute", output="optional", when=rank_2),
+        Kernel("MatMulIntegerToFloat", "compute", output="optional", bias="float", when=dynamic_or_no_bias),
+        Kernel("QGemm", "compute", output="optional"),
+    ],
+    "linear_activation": [
+        # Gemm + Relu without a Q after it becomes a float FusedGemm
+        Kernel("QGemm", "compute", when=rank_2),
+    ],
+    "matmul": [Kernel("MatMulIntegerToFloat", "compute", output="optional")],
+    "add": [Kernel("QLinearAdd", "between")],
+    "mul": [Kernel("QLinearMul", "between")],
+    "cat": [Kernel("QLinearConcat", "between")],
+    "avg_pool": [Kernel("QLinearAveragePool", "between")],
+    "adaptive_avg_pool": [Kernel("QLinearGlobalAveragePool", "between", when=global_pool)],
+    "sigmoid": [Kernel("QLinearSigmoid", "between")],
+    "leaky_relu": [Kernel("QLinearLeakyRelu", "between")],
+    "softmax": [Kernel("QLinearSoftmax", "between", when=last_axis_softmax)],
+    "max_pool": [Kernel("MaxPool", "carry")],
+    "reshape": [Kernel("Reshape", "carry")],
+    "transpose": [Kernel("Transpose", "carry")],
+    "slice": [Kernel("Slice", "carry")],
+    "expand": [Kernel("Expand", "carry")],
+    "resize": [Kernel("Resize", "carry", when=nearest)],
+    "pad": [Kernel("QLinearConv", "carry", when=zeros_before_conv)],
+}
+
+FLOAT_REASONS = {
+    "conv_transpose": "ONNX Runtime's CPU has no integer kernel for ConvTranspose",
+    "layer_norm": "ONNX Runtime's CPU has no integer kernel for LayerNormalization",
+    "rms_norm": "ONNX Runtime's CPU has no integer kernel for RMSNormalization",
+    "group_norm": "ONNX Runtime's CPU has no integer kernel for GroupNormalization",
+    "batch_norm": "a batch norm that no neighbour can take in has no integer kernel",
+    "gelu": "ONNX Runtime's CPU has no integer kernel for Gelu",
+    "silu": "Sigmoid and Mul have integer kernels, but two more roundings cost accuracy and gain no time",
+    "hardswish": "ONNX Runtime's CPU has no integer kernel for HardSwish",
+    "hardsigmoid": "ONNX Runtime's CPU has no integer kernel for HardSigmoid",
+    "attention": "fused attention is computed in float",
+    "embedding": "a Gather of integers needs a Q after it; the table would be dequantized whole at every run",
+    "split": "Split runs on integers only with equal scales on all parts",
+}
+
+
+@cache
+def saturates_here() -> bool:
+    """Ask the installed runtime: does its u8·s8 matmul lose 255·127 + 255·127 to int16? True on x86 without VNNI."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.full((4, 1), 127, np.int8), "b")
+    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    a = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, 4])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [1, 1])
+    model = helper.make_model(helper.make_graph([node], "probe", [a], [y], [weight]), ir_version=8)
+    model.opset_import[0].version = 13
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return int(session.run(None, {"a": np.full((1, 4), 255, np.uint8)})[0][0, 0]) != 4 * 255 * 127
+
+
+CPUS = ("auto", "avx2", "vnni", "arm")
+
+
+@TARGETS.register("onnxruntime")
+def onnxruntime_target(cpu: str = "auto") -> Target:
+    """The target for one kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one."""
+    if cpu not in CPUS:
+        raise TargetError(f"unknown cpu {cpu!r} of target 'onnxruntime'", remedy=did_you_mean(cpu, CPUS))
+    if cpu == "auto":
+        arm = platform.machine().lower() in ("arm64", "aarch64")
+        cpu = "avx2" if saturates_here() else "arm" if arm else "vnni"
+    return Target(
+        name="onnxruntime",
+        cpu=cpu,
+        kernels=KERNELS,
+        float_reasons=FLOAT_REASONS,
+        activation_formats=frozenset({"uint8", "int8"}),
+        weight_formats=frozenset({"int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8"}),
+        saturates=cpu == "avx2",
+        lowering=lower_to_onnx_qdq,
+    )

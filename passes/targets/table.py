@@ -1,0 +1,66 @@
+"""What a target is: data. Which kernels it has for which ops, what they ask for, and why the rest stays float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from graphq.graph.matcher import Match
+from graphq.registry import Registry
+
+Role = Literal["compute", "between", "carry"]
+Cpu = Literal["auto", "avx2", "vnni", "arm"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row: an integer kernel, or an op that may run on integers.
+
+    name: the runtime's op, as the optimized model shows it.
+    role: "compute" asks for quantized inputs; "between" is worth it only between integer ops; "carry" moves data and
+        keeps the scale of its input.
+    output: whether the result must be quantized for the kernel to be chosen.
+    bias: the form of the bias that the kernel takes.
+    when: why this row does not fit a match, or None.
+    """
+
+    name: str
+    role: Role
+    output: Literal["required", "optional"] = "required"
+    bias: Literal["int32", "float"] = "int32"
+    when: Callable[[Match], str | None] = lambda m: None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime: its kernel table, the dtypes it takes, and the passes that lower a converted graph to its form.
+
+    kernels: family of the op table → rows, the first that fits counts.
+    float_reasons: family → why there is no integer kernel for it.
+    saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
+    """
+
+    name: str
+    cpu: str
+    kernels: Mapping[str, Sequence[Kernel]]
+    float_reasons: Mapping[str, str]
+    activation_formats: frozenset[str]
+    weight_formats: frozenset[str]
+    saturates: bool
+    lowering: Callable[[fx.GraphModule], fx.GraphModule]
+
+    def kernel_for(self, family: str, match: Match) -> tuple[Kernel | None, str]:
+        """The first row that fits this match, or the reason why none does."""
+        reason = self.float_reasons.get(family, f"{self.name} has no integer kernel for {family}")
+        for row in self.kernels.get(family, ()):
+            refusal = row.when(match)
+            if refusal is None:
+                return row, ""
+            reason = refusal
+        return None, reason
+
+
+TARGETS: Registry[Callable[[str], Target]] = Registry("target", "graphq.targets")

@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphq.calibration.runner import run_calibration
+from graphq.calibration.runner import NO_DATA, batches_of, run_calibration
 from graphq.config import QuantConfig
-from graphq.errors import StateError
+from graphq.errors import CalibrationError, StateError
+from graphq.export.onnx import export_onnx, metadata_of
 from graphq.graph.capture import capture
 from graphq.graph.decision import decision_of
 from graphq.graph.view import parameter
@@ -129,3 +130,34 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     to_qdq(gm)
     gm.meta[STAGE] = "converted"
     return gm
+
+
+def export(converted: fx.GraphModule, path: str | Path) -> Path:
+    """Lower a converted graph to its target's form and write it: an ONNX QDQ model for "onnxruntime"."""
+    _expect(converted, "converted", "export", "Call graphq.convert on the calibrated graph first.")
+    lowered = converted.meta["graphq_target"].lowering(converted)
+    return export_onnx(lowered, path, metadata_of(converted))
+
+
+def quantize(
+    model: Model,
+    config: QuantConfig | str | Path = "int8",
+    data: Any = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    target: Target | str = "onnxruntime",
+    dynamic_shapes: Any = "batch",
+    progress: bool = True,
+) -> fx.GraphModule:
+    """prepare, calibrate and convert in one call. Without args and kwargs, the first batch of data is the example."""
+    if data is None:
+        raise CalibrationError("there is no calibration data", remedy=NO_DATA)
+    if not args and not kwargs and not isinstance(model, ExportedProgram) and not stage_of(model):
+        data = list(data) if not hasattr(data, "__len__") else data
+        first = next(batches_of(data), None)
+        if first is None:
+            raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
+        args, kwargs = first
+    prepared = prepare(model, config, args, kwargs, target=target, dynamic_shapes=dynamic_shapes)
+    return convert(calibrate(prepared, data, progress=progress))

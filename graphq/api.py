@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -15,11 +14,9 @@ from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError
 from graphq.export.onnx import export_onnx, metadata_of
 from graphq.graph.capture import capture
-from graphq.graph.decision import decision_of
 from graphq.graph.view import parameter
 from graphq.passes.canonical import canonical_pipeline
-from graphq.passes.placement import annotate, guard_saturation, insert_quantizers, quantize_bias, to_qdq
-from graphq.passes.placement.quantize_bias import least_weight_scale
+from graphq.passes.placement import annotate, fit_bias, guard_saturation, insert_quantizers, quantize_bias, to_qdq
 from graphq.passes.targets import Target, get_target
 from graphq.quantizer import TensorQuantizer, quantizers
 
@@ -86,7 +83,9 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
             q.observer, q.state = None, "off"
         prepared.meta[STAGE] = "prepared"
         raise
-    _fit_weights(prepared)
+    fit_bias(prepared)
+    if prepared.meta["graphq_target"].saturates:
+        guard_saturation(prepared)
     prepared.meta[STAGE] = "calibrated"
     return prepared
 
@@ -98,24 +97,6 @@ def _observe_constants(gm: fx.GraphModule) -> None:
             tensor = parameter(gm, node.args[0])
             assert tensor is not None
             quantizer.update(tensor)
-
-
-def _fit_weights(gm: fx.GraphModule) -> None:
-    """Bend weight scales to what the target's kernels stand: no bias overflow, no int16 saturation."""
-    for node in gm.graph.nodes:
-        decision = decision_of(node)
-        if decision is None or decision.action != "quantize" or decision.bias_form != "int32":
-            continue
-        bias = parameter(gm, decision.bias)
-        if bias is None:
-            continue
-        x, w = (gm.get_submodule(str(a.target)) for a in node.all_input_nodes[:2])
-        least = least_weight_scale(bias.detach(), x.scale)
-        least = least.reshape(w.scale.shape) if w.block else least.max()
-        w.scale = torch.maximum(w.scale, least)
-    if gm.meta["graphq_target"].saturates:
-        guard_saturation(gm)
-        gm.recompile()
 
 
 def convert(calibrated: fx.GraphModule) -> fx.GraphModule:

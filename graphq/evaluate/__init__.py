@@ -1,1 +1,1 @@
-""""""
+"""How good it is: compare, verify, latency."""

@@ -24,7 +24,7 @@ from torch import fx
 
 from graphq.errors import ExportError
 from graphq.graph.capture import Example, example_of
-from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, QUANTIZE_LINEAR
+from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
 from graphq.graph.view import module_stack
 
 OPSET = 20
@@ -41,7 +41,15 @@ def _dequantize(codes, scale, zero_point, axis: int):  # type: ignore[no-untyped
     return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
 
-TRANSLATIONS = {QUANTIZE_LINEAR: _quantize, DEQUANTIZE_LINEAR: _dequantize}
+def _global_average_pool(x):  # type: ignore[no-untyped-def]
+    return op.GlobalAveragePool(x)
+
+
+TRANSLATIONS = {
+    QUANTIZE_LINEAR: _quantize,
+    DEQUANTIZE_LINEAR: _dequantize,
+    GLOBAL_AVERAGE_POOL: _global_average_pool,
+}
 
 
 def export_onnx(lowered: fx.GraphModule, path: str | Path, metadata: dict[str, str]) -> Path:

@@ -20,7 +20,7 @@ class Decision:
     action: "quantize" (integer inputs), "weight_only", "carry" (runs on the codes of its input), "fuse" (computed
         inside another op's kernel), "float", or "skip" (shapes, indices and masks: never quantized).
     kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
-    inputs: producer → spec of each edge to quantize. output: spec of the result, where the kernel needs one.
+    members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize. output: spec of the result, where the kernel needs one.
     """
 
     action: Action
@@ -29,6 +29,7 @@ class Decision:
     pattern: str = ""
     kernel: str = ""
     head: fx.Node | None = None
+    members: list[fx.Node] = field(default_factory=list)
     inputs: dict[fx.Node, QuantSpec] = field(default_factory=dict)
     weight: fx.Node | None = None
     weight_spec: QuantSpec | None = None

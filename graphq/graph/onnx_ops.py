@@ -1,9 +1,10 @@
-"""The two ops of ONNX's own form, to which lowering for ONNX runtimes translates graphq::quantize and dequantize.
+"""Ops of ONNX's own form. Two of them are what lowering for ONNX runtimes makes of graphq::quantize and dequantize:
 
     quantize_linear(x, scale, zero_point) → codes                         per tensor
     dequantize_linear(codes, scale, zero_point, axis) → float32           per tensor (scalar scale) or per axis
 
 They mean exactly what ONNX's QuantizeLinear and DequantizeLinear mean; the zero point carries the dtype of the codes.
+global_average_pool(x [n, c, …]) is ONNX's GlobalAveragePool, which torch.onnx would write as a ReduceMean.
 """
 
 from __future__ import annotations
@@ -37,5 +38,16 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@torch.library.custom_op("graphq::global_average_pool", mutates_args=())
+def global_average_pool(x: Tensor) -> Tensor:
+    return x.mean(dim=list(range(2, x.ndim)), keepdim=True)
+
+
+@global_average_pool.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], *[1] * (x.ndim - 2))
+
+
 QUANTIZE_LINEAR = torch.ops.graphq.quantize_linear.default
 DEQUANTIZE_LINEAR = torch.ops.graphq.dequantize_linear.default
+GLOBAL_AVERAGE_POOL = torch.ops.graphq.global_average_pool.default

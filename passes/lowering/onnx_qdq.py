@@ -1,7 +1,7 @@
 """Lower a converted graph to the QDQ form that ONNX Runtime's optimizer fuses.
 
-    pad ── quantize ── dequantize ── conv      ⇒   pad ── conv                   (the pad then folds into the conv)
     linear(x, dequantize(codes [out, in]))     ⇒   matmul(x, dequantize(codesᵀ)) + bias,  or addmm for a matrix x
+    adaptive_avg_pool(x, 1)                    ⇒   global_average_pool(x)
     quantize, dequantize (block, format)       ⇒   quantize_linear, dequantize_linear (axis, dtype)
 
 Every op keeps its name in `meta["custom"]`, so that the exported file can be compared with the graph op by op.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.errors import TargetError
-from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, QUANTIZE_LINEAR
+from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
@@ -32,23 +32,17 @@ def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: node.name}
     for node in list(gm.graph.nodes):
-        if node.target is QUANTIZE and family_of(node.args[0].target) == "pad":
-            _skip_requantization(node)
-    for node in list(gm.graph.nodes):
-        if family_of(node.target) == "linear" and node.args[1].target is DEQUANTIZE:
+        family = family_of(node.target)
+        if family == "linear" and node.args[1].target is DEQUANTIZE:
             _linear_to_matmul(gm, node)
+        elif family == "adaptive_avg_pool" and set(node.args[1]) == {1}:
+            node.target, node.args = GLOBAL_AVERAGE_POOL, (node.args[0],)
     gm.graph.eliminate_dead_code()
     for node in list(gm.graph.nodes):
         if node.target in (QUANTIZE, DEQUANTIZE):
             _to_onnx_form(gm, node)
     finish(gm)
     return gm
-
-
-def _skip_requantization(quantize: fx.Node) -> None:
-    """Zeros around quantized values are quantized already: the second Q/DQ with the same scale changes nothing."""
-    for dequantize in list(quantize.users):
-        dequantize.replace_all_uses_with(quantize.args[0])
 
 
 def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -2,12 +2,14 @@
 
 from .base import QuantPattern
 from .elementwise import COMPUTING, MOVING, Add, AddActivation, Concat, Matmul, Mul
-from .weighted import Conv, ConvActivation, ConvTranspose, Embedding, Linear, LinearActivation
+from .weighted import Conv, ConvActivation, ConvTranspose, Embedding, Linear, LinearActivation, PaddedConv, PaddedConvActivation
 
 PATTERNS: list[type[QuantPattern]] = [
+    PaddedConvActivation,
     ConvActivation,
     LinearActivation,
     AddActivation,
+    PaddedConv,
     Conv,
     ConvTranspose,
     Linear,

@@ -35,6 +35,43 @@ class ConvActivation(Conv):
         return Conv.check(m)
 
 
+class PaddedConv(Conv):
+    """x ─ Q ─ pad(0) ─ conv ─ Q: the kernel pads with the code of zero."""
+
+    @staticmethod
+    def pattern(op, x, widths, weight, bias):
+        return op.conv(op.pad(x, widths), weight, bias)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return _zero_pad(m) or Conv.check(m)
+
+
+class PaddedConvActivation(ConvActivation):
+    """x ─ Q ─ pad(0) ─ conv ─ relu | clip ─ Q."""
+
+    @staticmethod
+    def pattern(op, x, widths, weight, bias):
+        return op.one_of("relu", "clip", name="activation")(op.conv(op.pad(x, widths), weight, bias))
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return _zero_pad(m) or ConvActivation.check(m)
+
+
+def _zero_pad(m: Match) -> str | None:
+    """Why a pad does not fold into the convolution that follows, or None."""
+    mode, value = m.pad.arg("mode") or "constant", m.pad.arg("value")
+    if mode != "constant" or value not in (None, 0, 0.0):
+        return "only zeros fold into the convolution"
+    if m.pad.users > 1:
+        return "the padded tensor feeds something besides the convolution"
+    spatial = len(m.weight.shape) - 2
+    if len(m.widths) > 2 * spatial or any(not isinstance(w, int) or w < 0 for w in m.widths):
+        return "it pads batch or channels, crops, or is computed"
+    return None
+
+
 class ConvTranspose(QuantPattern):
     """x ─ Q ─ conv_transpose."""
 

@@ -2,8 +2,8 @@
 
 from .annotate import annotate
 from .insert_quantizers import insert_quantizers
-from .quantize_bias import quantize_bias
+from .quantize_bias import fit_bias, quantize_bias
 from .saturation_guard import guard_saturation
 from .to_qdq import to_qdq
 
-__all__ = ["annotate", "guard_saturation", "insert_quantizers", "quantize_bias", "to_qdq"]
+__all__ = ["annotate", "fit_bias", "guard_saturation", "insert_quantizers", "quantize_bias", "to_qdq"]

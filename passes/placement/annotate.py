@@ -210,7 +210,7 @@ def _write(group: Group, target: Target) -> None:
     """The decisions on the ops of one group."""
     scheme, kernel = group.scheme, group.kernel
     decision = Decision("float", group.reason, rule=group.resolution.because, pattern=group.pattern.__name__)
-    decision.weight_axis = group.pattern.weight_axis
+    decision.weight_axis, decision.members = group.pattern.weight_axis, group.members
     if group.integer and kernel is not None:
         decision.action = "carry" if kernel.role == "carry" else "quantize"
         decision.kernel = kernel.name

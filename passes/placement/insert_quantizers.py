@@ -34,23 +34,20 @@ class _Placer:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.placed: dict[fx.Node, fx.Node] = {}  # tensor → the node that quantizes it
-        self.root_of: dict[fx.Node, fx.Node] = {}
-        for node in gm.graph.nodes:
-            decision = decision_of(node)
-            if decision is not None and decision.action == "fuse" and decision.head is not None:
-                self.root_of[decision.head] = node
 
     def place(self, node: fx.Node, decision: Decision) -> None:
         for source, spec in decision.inputs.items():
-            node.replace_input_with(source, self.quantized(source, spec))
+            quantized = self.quantized(source, spec)
+            for member in decision.members:
+                member.replace_input_with(source, quantized)
         if decision.weight is not None and decision.weight_spec is not None:
             block = decision.weight_spec.block_for(value_of(decision.weight).ndim, decision.weight_axis)
             quantized = self.quantized(decision.weight, decision.weight_spec, block, constant=True)
             node.replace_input_with(decision.weight, quantized)
-        root = self.root_of.get(node, node)
         if decision.action == "carry":
             self._carry(node)
         elif decision.output is not None:
+            root = decision.members[0]
             self._redirect(root, self.quantized(root, decision.output))
 
     def quantized(

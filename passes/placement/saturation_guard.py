@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
-from graphq.quantizer import TensorQuantizer
+
+from .edges import quantizer_at, quantizer_calls
 
 PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
 STEPS = 9
@@ -29,9 +30,9 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
         decision = decision_of(node)
         if decision is None or decision.action != "quantize" or decision.weight is None or _is_depthwise(gm, node):
             continue
-        call = _weight_call(node, decision)
-        quantizer = gm.get_submodule(str(call.target))
-        assert isinstance(quantizer, TensorQuantizer)
+        _, call = quantizer_calls(decision)
+        assert call is not None
+        quantizer = quantizer_at(gm, call)
         weight = parameter(gm, decision.weight)
         if weight is None or not quantizer.spec.number_format.signed or quantizer.spec.number_format.bits < 8:
             continue
@@ -42,6 +43,7 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
         _replace(gm, decision.weight, call, from_k(safe_rows, weight.shape))
         growth[node.name] = (safe_scale / scale.reshape(-1)).mean().item()
         decision.reason += f"; scale grown {growth[node.name]:.2f}× against int16 saturation"
+    gm.recompile()
     return growth
 
 
@@ -94,10 +96,6 @@ def _is_depthwise(gm: fx.GraphModule, node: fx.Node) -> bool:
     view = LayerView(gm, node)
     groups = view.arg("groups") if view.family == "conv" else 1
     return groups > 1 and view.shape[1] == groups and LayerView(gm, node.args[0]).shape[1] == groups  # type: ignore[arg-type]
-
-
-def _weight_call(node: fx.Node, decision: Decision) -> fx.Node:
-    return next(a for a in node.all_input_nodes if a.op == "call_module" and a.args[0] is decision.weight)
 
 
 def _replace(gm: fx.GraphModule, old: fx.Node, call: fx.Node, tensor: Tensor) -> None:

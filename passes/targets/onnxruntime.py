@@ -44,16 +44,6 @@ def last_axis_softmax(m: Match) -> str | None:
     return None if m.root.arg("dim") in (-1, _rank(m) - 1) else "only softmax over the last axis has a kernel"
 
 
-def zeros_before_conv(m: Match) -> str | None:
-    mode, value = m.root.arg("mode") or "constant", m.root.arg("value")
-    if mode != "constant" or value not in (None, 0, 0.0):
-        return "Pad has no integer kernel; only zeros fold into the convolution that follows"
-    users = [LIKE_CONV.get(str(u.target).removeprefix("aten.")) for u in m.root.node.users]
-    return None if users and all(users) else "Pad has no integer kernel, and no convolution follows to take it in"
-
-
-LIKE_CONV = {"conv1d.default": True, "conv2d.default": True, "conv3d.default": True}
-
 KERNELS = {
     # family              kernel found in the optimized model, role, what it asks for
     "conv": [Kernel("QLinearConv", "compute")],
@@ -81,7 +71,6 @@ KERNELS = {
     "slice": [Kernel("Slice", "carry")],
     "expand": [Kernel("Expand", "carry")],
     "resize": [Kernel("Resize", "carry", when=nearest)],
-    "pad": [Kernel("QLinearConv", "carry", when=zeros_before_conv)],
 }
 
 FLOAT_REASONS = {
@@ -96,6 +85,7 @@ FLOAT_REASONS = {
     "hardsigmoid": "ONNX Runtime's CPU has no integer kernel for HardSigmoid",
     "attention": "fused attention is computed in float",
     "embedding": "a Gather of integers needs a Q after it; the table would be dequantized whole at every run",
+    "pad": "Pad has no integer kernel, and no convolution follows to take it in",
     "split": "Split runs on integers only with equal scales on all parts",
 }
 

@@ -1,0 +1,76 @@
+"""Look inside ONNX Runtime: the graph that its optimizer made of a model, and the values between its kernels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from graphq.errors import RuntimeMismatch
+
+
+def load_model(path: str | Path) -> onnx.ModelProto:
+    """Read an ONNX file. Raises RuntimeMismatch if it is missing or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise RuntimeMismatch("there is no such file", where=str(path), remedy="Export the model first.")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(str(path))
+    except Exception as e:  # protobuf, onnx and the file system each raise their own kinds
+        raise RuntimeMismatch(
+            f"this is not a valid ONNX model: {str(e).splitlines()[0][:160]}",
+            where=str(path),
+            remedy="Export it again with graphq.export.",
+        ) from e
+    return model
+
+
+def session(path: str | Path | bytes, *, threads: int = 0, optimize: bool = True, save_to: Path | None = None) -> Any:
+    """A CPU session with default options, except that no thread spins while it waits (sessions share the cores)."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(save_to)
+    source = path if isinstance(path, bytes) else str(path)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def optimized_model(path: str | Path) -> onnx.ModelProto:
+    """The model after ONNX Runtime's optimizer, before its layout passes: its nodes are the kernels that run."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimized.onnx"
+        session(path, save_to=saved)
+        return onnx.load(saved)
+
+
+class Taps:
+    """Runs the optimized model and gives the values of inner tensors, without changing which kernels run."""
+
+    def __init__(self, path: str | Path, wanted: Iterable[str]) -> None:
+        model = optimized_model(path)
+        made = {name: node for node in model.graph.node for name in node.output}
+        self.names = [n for n in wanted if n in made]
+        self.kernels = {n: made[n].op_type for n in self.names}
+        outputs = {o.name for o in model.graph.output}
+        self.outputs = [o.name for o in model.graph.output]
+        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.names if n not in outputs)
+        with tempfile.TemporaryDirectory() as folder:
+            tapped = Path(folder) / "tapped.onnx"
+            onnx.save(model, tapped, save_as_external_data=model.ByteSize() > 2**30)
+            self._session = session(tapped, optimize=False)
+
+    def run(self, feed: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """(inner tensors by name, outputs of the model)."""
+        values = self._session.run([*self.names, *self.outputs], feed)
+        return dict(zip(self.names, values, strict=False)), values[len(self.names) :]

@@ -1,0 +1,157 @@
+"""verify: is what was simulated what the runtime computes?
+
+Op by op: the graph is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
+sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it. End to end: the simulation
+and a default session run freely, and their outputs are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from graphq.calibration.runner import batches_of, check_batch
+from graphq.errors import CalibrationError, RuntimeMismatch
+from graphq.evaluate.taps import Taps, load_model, session
+from graphq.graph.capture import example_of
+from graphq.graph.ops import QUANTIZE
+from graphq.numerics.affine import sqnr
+
+
+@dataclass
+class TensorCheck:
+    """One quantized tensor, over all the data: elements seen, how many codes differ, and by how much at most."""
+
+    name: str
+    kernel: str
+    elements: int = 0
+    differ: int = 0
+    largest: int = 0
+
+    @property
+    def share_equal(self) -> float:
+        return 1.0 - self.differ / max(self.elements, 1)
+
+
+@dataclass
+class Verification:
+    """The result of `verify`. first_diverging: the first tensor, in order, that is off by more than 1 LSB."""
+
+    tensors: list[TensorCheck] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # quantized in the graph, optimized away in the runtime
+    output_sqnr: float = float("inf")
+    same_as_default_session: bool = True
+
+    @property
+    def share_equal(self) -> float:
+        return 1.0 - sum(t.differ for t in self.tensors) / max(sum(t.elements for t in self.tensors), 1)
+
+    @property
+    def largest(self) -> int:
+        return max((t.largest for t in self.tensors), default=0)
+
+    @property
+    def first_diverging(self) -> TensorCheck | None:
+        return next((t for t in self.tensors if t.largest > 1), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        first = self.first_diverging
+        return {
+            "tensors": len(self.tensors),
+            "unseen": self.unseen,
+            "share_equal": self.share_equal,
+            "largest_lsb": self.largest,
+            "output_sqnr_db": self.output_sqnr,
+            "first_diverging": first.name if first else None,
+            "same_as_default_session": self.same_as_default_session,
+        }
+
+
+def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verification:
+    """Compare a converted graph with the ONNX file that was exported from it, on real inputs, in ONNX Runtime."""
+    model = load_model(path)
+    quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE]
+    present = {name for node in model.graph.node for name in node.output}
+    if quantized and not present.intersection(quantized):
+        raise RuntimeMismatch(
+            "the file was not exported from this graph: no quantized tensor has a name in common",
+            where=str(path),
+            remedy="Export the graph again and verify that file.",
+        )
+    taps, default = Taps(path, quantized), session(path)
+    checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names}
+    result = Verification(list(checks.values()), [n for n in quantized if n not in checks])
+    simulated, real, seen = [], [], False
+    for number, (args, kwargs) in enumerate(batches_of(data)):
+        seen = True
+        check_batch(converted, args, kwargs, number)
+        feed = feed_of(converted, args, kwargs)
+        codes, tapped_outputs = taps.run(feed)
+        with torch.no_grad():
+            _Forced(converted, codes, checks).run(*_flat(converted, args, kwargs))
+            simulated.append(flat_outputs(converted(*args, **kwargs)))
+        outputs = default.run(None, feed)
+        result.same_as_default_session &= all(
+            np.array_equal(a, b, equal_nan=True) for a, b in zip(tapped_outputs, outputs, strict=True)
+        )
+        real.append([torch.from_numpy(o) for o in outputs])
+    if not seen:
+        raise CalibrationError("there is no data to verify with", remedy="Give an iterable of batches.")
+    result.output_sqnr = min(
+        sqnr(torch.cat([s[i].flatten() for s in simulated]), torch.cat([r[i].flatten() for r in real]))
+        for i in range(len(real[0]))
+    )
+    return result
+
+
+class _Forced(fx.Interpreter):
+    """Interprets the graph with the runtime's codes in place of the simulated ones, and counts where they differ."""
+
+    def __init__(self, gm: fx.GraphModule, codes: dict[str, np.ndarray], checks: dict[str, TensorCheck]) -> None:
+        super().__init__(gm)
+        self.codes, self.checks = codes, checks
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target is not QUANTIZE or n.name not in self.codes:
+            return value
+        given = torch.from_numpy(self.codes[n.name])
+        apart = _distance(value, given, n)
+        check = self.checks[n.name]
+        check.elements += apart.numel()
+        check.differ += int((apart > 0).sum())
+        check.largest = max(check.largest, int(apart.max()) if apart.numel() else 0)
+        return given if given.dtype == value.dtype else value
+
+
+def _distance(simulated: Tensor, given: Tensor, node: fx.Node) -> Tensor:
+    if simulated.shape != given.shape:
+        raise RuntimeMismatch(
+            f"shapes differ: {list(simulated.shape)} here, {list(given.shape)} in the runtime", where=node.name
+        )
+    shift = 128 if (simulated.dtype, given.dtype) == (torch.int8, torch.uint8) else 0  # x86 turns s8 into u8
+    return (simulated.int() + shift - given.int()).abs()
+
+
+def _flat(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Inputs in the order of the graph's placeholders."""
+    names = list(example_of(gm).dynamic_shapes)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return pytree.tree_leaves([given[n] for n in names if n in given])
+
+
+def feed_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Inputs by the names that the ONNX file gives them: those of the placeholders."""
+    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    return {k: v.numpy() for k, v in zip(names, _flat(gm, args, kwargs), strict=True) if isinstance(v, Tensor)}
+
+
+def flat_outputs(value: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]

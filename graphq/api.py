@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError
 from graphq.export.onnx import export_onnx, metadata_of
 from graphq.graph.capture import capture
+from graphq.graph.fork import fork
 from graphq.graph.view import parameter
 from graphq.passes.canonical import canonical_pipeline
 from graphq.passes.placement import annotate, fit_bias, guard_saturation, insert_quantizers, quantize_bias, to_qdq
@@ -105,8 +105,7 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     A new graph; the calibrated one stays as it is.
     """
     _expect(calibrated, "calibrated", "convert", "Call graphq.prepare and graphq.calibrate first.")
-    gm = copy.deepcopy(calibrated)
-    gm.meta = {**calibrated.meta}
+    gm = fork(calibrated)
     quantize_bias(gm)
     to_qdq(gm)
     gm.meta[STAGE] = "converted"

@@ -9,12 +9,11 @@ Every op keeps its name in `meta["custom"]`, so that the exported file can be co
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, fx
 
 from graphq.errors import TargetError
+from graphq.graph.fork import fork
 from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
 from graphq.graph.optable import family_of
@@ -27,8 +26,7 @@ NAME = "graphq"  # key in meta["custom"]; torch.export carries it through
 
 def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     """A new graph in ONNX's form that computes the same."""
-    gm = copy.deepcopy(converted)
-    gm.meta = dict(converted.meta)
+    gm = fork(converted)
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: node.name}
     for node in list(gm.graph.nodes):

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from graphq.graph.fork import own_folder
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
 from graphq.quantizer import TensorQuantizer
 
+from .edges import quantizer_at
+
 
 def to_qdq(gm: fx.GraphModule) -> None:
     """Replace all TensorQuantizers. Raises StateError for one that has not been calibrated."""
-    for node in list(gm.graph.nodes):
-        if node.op != "call_module":
-            continue
-        quantizer = gm.get_submodule(str(node.target))
-        assert isinstance(quantizer, TensorQuantizer)
-        quantizer.qparams  # noqa: B018  (raises before anything has changed for this quantizer)
-        _replace(gm, node, quantizer)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module"]
+    shared = {str(n.target): quantizer_at(gm, n) for n in calls}
+    for name, quantizer in shared.items():
+        scale, zero_point = quantizer.qparams
+        holder = own_folder(gm, name)
+        holder.register_buffer("scale", scale)
+        holder.register_buffer("zero_point", zero_point)
+    for node in calls:
+        _replace(gm, node, shared[str(node.target)])
     finish(gm)
 
 

@@ -1,1 +1,41 @@
-"""graphq: a graph-mode quantizer for PyTorch."""
+"""graphq: a graph-mode quantizer for PyTorch that explains every decision and proves what the runtime computes.
+
+    prepared = graphq.prepare(model, "int8", args=(x,))     # capture, decide, place quantizers
+    graphq.calibrate(prepared, batches)                     # find the ranges
+    quantized = graphq.convert(prepared)                    # integer codes
+    graphq.export(quantized, "model.onnx")                  # ONNX QDQ
+    graphq.verify(quantized, "model.onnx", batches)         # is what was simulated what runs?
+"""
+
+from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize
+from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.config import presets as presets
+from graphq.errors import GraphqError
+from graphq.evaluate.compare import compare
+from graphq.evaluate.verify import verify
+from graphq.passes.targets import get_target
+from graphq.report.explain import explain
+from graphq.report.html import report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GraphqError",
+    "QuantConfig",
+    "QuantSpec",
+    "Rule",
+    "Scheme",
+    "calibrate",
+    "capture",
+    "capture_like",
+    "compare",
+    "convert",
+    "explain",
+    "export",
+    "get_target",
+    "prepare",
+    "presets",
+    "quantize",
+    "report",
+    "verify",
+]

@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from graphq.calibration.runner import NO_DATA, batches_of, run_calibration
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError
-from graphq.export.onnx import export_onnx, metadata_of
-from graphq.graph.capture import capture
+from graphq.export.onnx import export_onnx, metadata_of, name_nodes
+from graphq.graph.capture import capture as capture_graph
+from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
 from graphq.graph.view import parameter
 from graphq.passes.canonical import canonical_pipeline
@@ -36,6 +37,28 @@ def _expect(gm: Any, stage: str, caller: str, remedy: str) -> None:
         raise StateError(f"{caller} takes a graph that is {stage}, and got {what}", remedy=remedy)
 
 
+def capture(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = "batch",
+    *,
+    inplace: bool = False,
+) -> fx.GraphModule:
+    gm = capture_graph(model, args, kwargs, dynamic_shapes, inplace=inplace)
+    gm.meta.setdefault(STAGE, "captured")
+    return gm
+
+
+capture.__doc__ = capture_graph.__doc__
+
+
+def capture_like(model: Model, graph: fx.GraphModule) -> fx.GraphModule:
+    """Capture a model with the example inputs and dynamic shapes of a graph made from it before."""
+    example = example_of(graph)
+    return capture(model, example.args, example.kwargs, example.dynamic_shapes)
+
+
 def prepare(
     model: Model,
     config: QuantConfig | str | Path = "int8",
@@ -55,7 +78,7 @@ def prepare(
             f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
         )
     config, target = QuantConfig.load(config), get_target(target)
-    gm = capture(model, args, kwargs, dynamic_shapes)
+    gm = fork(capture(model, args, kwargs, dynamic_shapes))
     canonical_pipeline()(gm)
     annotate(gm, config, target)
     insert_quantizers(gm)
@@ -112,11 +135,16 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def export(converted: fx.GraphModule, path: str | Path) -> Path:
-    """Lower a converted graph to its target's form and write it: an ONNX QDQ model for "onnxruntime"."""
-    _expect(converted, "converted", "export", "Call graphq.convert on the calibrated graph first.")
-    lowered = converted.meta["graphq_target"].lowering(converted)
-    return export_onnx(lowered, path, metadata_of(converted))
+def export(graph: fx.GraphModule, path: str | Path) -> Path:
+    """Lower a converted graph to its target's form and write it: an ONNX QDQ model for "onnxruntime".
+
+    A captured graph is written too, as the float model to compare with.
+    """
+    if stage_of(graph) == "captured":
+        return export_onnx(name_nodes(fork(graph)), path, {"graphq.config": "float"})
+    _expect(graph, "converted", "export", "Call graphq.convert on the calibrated graph first.")
+    lowered = graph.meta["graphq_target"].lowering(graph)
+    return export_onnx(lowered, path, metadata_of(graph))
 
 
 def quantize(

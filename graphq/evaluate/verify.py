@@ -94,7 +94,7 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
         feed = feed_of(converted, args, kwargs)
         codes, tapped_outputs = taps.run(feed)
         with torch.no_grad():
-            _Forced(converted, codes, checks).run(*_flat(converted, args, kwargs))
+            _Forced(converted, codes, checks).run(*flat_inputs(converted, args, kwargs))
             simulated.append(flat_outputs(converted(*args, **kwargs)))
         outputs = default.run(None, feed)
         result.same_as_default_session &= all(
@@ -139,7 +139,7 @@ def _distance(simulated: Tensor, given: Tensor, node: fx.Node) -> Tensor:
     return (simulated.int() + shift - given.int()).abs()
 
 
-def _flat(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Inputs in the order of the graph's placeholders."""
     names = list(example_of(gm).dynamic_shapes)
     given = dict(zip(names, args, strict=False)) | kwargs
@@ -149,7 +149,7 @@ def _flat(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def feed_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Inputs by the names that the ONNX file gives them: those of the placeholders."""
     names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    return {k: v.numpy() for k, v in zip(names, _flat(gm, args, kwargs), strict=True) if isinstance(v, Tensor)}
+    return {k: v.numpy() for k, v in zip(names, flat_inputs(gm, args, kwargs), strict=True) if isinstance(v, Tensor)}
 
 
 def flat_outputs(value: Any) -> list[Tensor]:

@@ -162,6 +162,13 @@ def quiet() -> Iterator[None]:
             logging.getLogger(n).setLevel(level)
 
 
+def name_nodes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Mark every node with its name, which torch.export carries through to the file."""
+    for node in gm.graph.nodes:
+        node.meta["custom"] = {NAME: node.name}
+    return gm
+
+
 def metadata_of(gm: fx.GraphModule) -> dict[str, Any]:
     """What is written into the file about how it was made."""
     target = gm.meta["graphq_target"]

@@ -1,1 +1,1 @@
-""""""
+"""Terminal tables and what they show."""

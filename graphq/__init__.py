@@ -1,10 +1,10 @@
 """graphq: a graph-mode quantizer for PyTorch that explains every decision and proves what the runtime computes.
 
-    prepared = graphq.prepare(model, "int8", args=(x,))     # capture, decide, place quantizers
-    graphq.calibrate(prepared, batches)                     # find the ranges
-    quantized = graphq.convert(prepared)                    # integer codes
-    graphq.export(quantized, "model.onnx")                  # ONNX QDQ
-    graphq.verify(quantized, "model.onnx", batches)         # is what was simulated what runs?
+prepared = graphq.prepare(model, "int8", args=(x,))     # capture, decide, place quantizers
+graphq.calibrate(prepared, batches)                     # find the ranges
+quantized = graphq.convert(prepared)                    # integer codes
+graphq.export(quantized, "model.onnx")                  # ONNX QDQ
+graphq.verify(quantized, "model.onnx", batches)         # is what was simulated what runs?
 """
 
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize

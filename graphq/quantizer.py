@@ -106,5 +106,3 @@ class TensorQuantizer(nn.Module):
 def quantizers(gm: nn.Module) -> dict[str, TensorQuantizer]:
     """Every TensorQuantizer of a graph, by name, each once."""
     return {n: m for n, m in gm.named_modules() if isinstance(m, TensorQuantizer)}
-
-

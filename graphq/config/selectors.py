@@ -1,12 +1,12 @@
 """One grammar for saying which layers.
 
-    "encoder.layer.0.attention"   an exact module path: that module and everything inside it
-    "re:.*query$"                 a regular expression over the whole module path
-    "encoder.*.query"             a glob over the whole module path ("*" crosses dots)
-    "Linear"                      a module class: its name, a base class's name, or the qualified name
-    torch.nn.Linear               the class itself
-    "aten.softmax", "linear"      an ATen op (any overload), or a family of the op table
-    lambda layer: …               a callable on the layer (`path`, `types`, `op`, `family`, `name`)
+"encoder.layer.0.attention"   an exact module path: that module and everything inside it
+"re:.*query$"                 a regular expression over the whole module path
+"encoder.*.query"             a glob over the whole module path ("*" crosses dots)
+"Linear"                      a module class: its name, a base class's name, or the qualified name
+torch.nn.Linear               the class itself
+"aten.softmax", "linear"      an ATen op (any overload), or a family of the op table
+lambda layer: …               a callable on the layer (`path`, `types`, `op`, `family`, `name`)
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def measure(
 
 
 def random_feed(path: str | Path, *, batch: int = 1, sequence: int = 128, seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs for a model: normal floats, small token ids, masks of ones; dynamic dimensions are batch, then sequence."""
+    """Inputs for a model: normal floats, small token ids, masks of ones. Dynamic dimensions: batch, then sequence."""
     load_model(path)
     rng = np.random.default_rng(seed)
     feed: dict[str, np.ndarray] = {}

@@ -45,7 +45,7 @@ def _global_average_pool(x):  # type: ignore[no-untyped-def]
     return op.GlobalAveragePool(x)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Any, Any] = {
     QUANTIZE_LINEAR: _quantize,
     DEQUANTIZE_LINEAR: _dequantize,
     GLOBAL_AVERAGE_POOL: _global_average_pool,
@@ -132,7 +132,7 @@ def _rename(model: ir.Model, names: dict[str, str], paths: dict[str, str]) -> No
         if value.name not in kept and original != value.name:
             taken.discard(value.name)
             renamed.append((value, original))
-    for value, original in renamed:
+    for value, _ in renamed:
         value.name = f"{value.name}__old"
     for value, original in renamed:
         unique, number = original, 0

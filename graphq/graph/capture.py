@@ -176,13 +176,15 @@ def _mutates(node: fx.Node) -> bool:
 
 def _example_of(program: ExportedProgram, gm: fx.GraphModule) -> Example:
     if program.example_inputs is None:
-        raise CaptureError("the ExportedProgram carries no example inputs", remedy="Export it with torch.export.export.")
+        raise CaptureError(
+            "the ExportedProgram carries no example inputs", remedy="Export it with torch.export.export."
+        )
     args, kwargs = program.example_inputs
     user = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}  # type: ignore[union-attr]
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user]
     flat = [_dynamic_dims(v) for v in values]
     arg_specs, kwarg_specs = pytree.tree_unflatten(flat, program.call_spec.in_spec)
-    names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[union-attr]
+    names = list(gm.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     return Example(tuple(args), dict(kwargs), dict(zip(names, arg_specs, strict=False)) | dict(kwarg_specs))
 
 

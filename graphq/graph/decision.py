@@ -20,7 +20,8 @@ class Decision:
     action: "quantize" (integer inputs), "weight_only", "carry" (runs on the codes of its input), "fuse" (computed
         inside another op's kernel), "float", or "skip" (shapes, indices and masks: never quantized).
     kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
-    members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize. output: spec of the result, where the kernel needs one.
+    members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize.
+    output: spec of the result, where the kernel needs one.
     """
 
     action: Action

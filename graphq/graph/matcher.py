@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from graphq.graph.pattern import Call, Capture, Either, Expr, Pattern, compile_pattern
 from graphq.graph.view import LayerView, argument_names, arguments, parameter, set_parameter
@@ -91,12 +90,12 @@ class Match:
         value = bound[name]
         return LayerView(self.gm, value) if isinstance(value, fx.Node) else value
 
-    def tensor(self, name: str) -> Tensor | None:
-        """The parameter that a capture is bound to; None if it is absent or computed."""
+    def tensor(self, name: str) -> Any:
+        """The parameter (a Tensor) that a capture is bound to; None if it is absent or computed."""
         value = self._bound[name]
         return parameter(self.gm, value) if isinstance(value, fx.Node) else None
 
-    def call(self, target: OpOverload, *args: Any, like: LayerView | None = None, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, like: LayerView | None = None, **kwargs: Any) -> fx.Node:
         """A new op in front of the root; its metadata (module path, value) is that of `like`, or of the root."""
         plain = fx.node.map_aggregate((args, kwargs), lambda a: a.node if isinstance(a, LayerView) else a)
         with self.gm.graph.inserting_before(self.root.node):

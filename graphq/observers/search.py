@@ -57,7 +57,7 @@ class RangeSearch:
         return low, high
 
     def _best(self, counts: Tensor, centers: Tensor, lo: Tensor, hi: Tensor) -> int:
-        if len(counts) == 0 or bool(lo[0] == lo[-1]) and bool(hi[0] == hi[-1]):
+        if len(counts) == 0 or (bool(lo[0] == lo[-1]) and bool(hi[0] == hi[-1])):
             return 0
         return int(self.loss(counts, centers, lo, hi).argmin())
 

@@ -54,6 +54,8 @@ def _rows(explanation: Explanation) -> str:
     head = "".join(f"<th>{n}</th>" for n in names)
     body = []
     for r in explanation.rows:
-        cells = "".join(f"<td class={r.action if n == 'action' else ''!r}>{html.escape(getattr(r, n))}</td>" for n in names)
+        cells = "".join(
+            f"<td class={r.action if n == 'action' else ''!r}>{html.escape(getattr(r, n))}</td>" for n in names
+        )
         body.append(f"<tr class={'ok' if r.agrees else 'bad'}>{cells}</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"

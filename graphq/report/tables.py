@@ -28,7 +28,9 @@ def explanation_table(explanation: Explanation, *, every: bool = False) -> Table
         if r.action == "skip" and not every:
             continue
         found = [("" if r.agrees else "[red]") + r.found] if checked else []
-        colour = {"quantize": "[green]", "fuse": "[green]", "carry": "[green]", "weight_only": "[cyan]"}.get(r.action, "")
+        colour = {"quantize": "[green]", "fuse": "[green]", "carry": "[green]", "weight_only": "[cyan]"}.get(
+            r.action, ""
+        )
         table.add_row(r.layer or "(model)", r.op, colour + r.action, r.predicted, *found, r.reason, r.rule)
     return table
 
@@ -62,6 +64,6 @@ def verification_line(v: Verification) -> str:
     first = v.first_diverging
     head = "verified" if first is None else f"DIVERGES first at {first.name} ({first.kernel}, {first.largest} LSB)"
     return (
-        f"{head}: {v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at most "
-        f"{v.largest} LSB; output end to end {db(v.output_sqnr)}"
+        f"{head}: {v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at "
+        f"most {v.largest} LSB; output end to end {db(v.output_sqnr)}"
     )

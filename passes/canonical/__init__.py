@@ -42,7 +42,7 @@ def canonical_pipeline() -> Pipeline:
                 FoldBatchNormIntoLinear,
                 FoldBatchNormAfterCat,
                 FoldBatchNormAfterSplit,
-    FoldBatchNormAfterSplit,
+                FoldBatchNormAfterSplit,
                 FoldBatchNormIntoNextConv,
                 name="fold_batchnorm",
             ),

@@ -38,4 +38,3 @@ class FoldPadIntoConv(Rewrite):
         padding = [a + b for a, b in zip(own, extra, strict=True)]
         stride, dilation, groups = (m.root.arg(k) for k in ("stride", "dilation", "groups"))
         return m.call(m.root.node.target, m.x, m.weight, m.bias, stride, padding, dilation, groups)
-

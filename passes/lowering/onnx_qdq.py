@@ -9,6 +9,8 @@ Every op keeps its name in `meta["custom"]`, so that the exported file can be co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -30,11 +32,11 @@ def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: node.name}
     for node in list(gm.graph.nodes):
-        family = family_of(node.target)
-        if family == "linear" and node.args[1].target is DEQUANTIZE:
+        family, args = family_of(node.target), _args(node)
+        if family == "linear" and args[1].target is DEQUANTIZE:
             _linear_to_matmul(gm, node)
-        elif family == "adaptive_avg_pool" and set(node.args[1]) == {1}:
-            node.target, node.args = GLOBAL_AVERAGE_POOL, (node.args[0],)
+        elif family == "adaptive_avg_pool" and set(args[1]) == {1}:
+            node.target, node.args = GLOBAL_AVERAGE_POOL, (args[0],)
     gm.graph.eliminate_dead_code()
     for node in list(gm.graph.nodes):
         if node.target in (QUANTIZE, DEQUANTIZE):
@@ -43,8 +45,12 @@ def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
 def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
-    x, weight, *rest = node.args
+    x, weight, *rest = _args(node)
     bias = rest[0] if rest else node.kwargs.get("bias")
     graph = gm.graph
     with graph.inserting_before(node):
@@ -64,7 +70,7 @@ def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
     """dequantize(codes [out, in]) as dequantize(codes [in, out]), in front of the node being rewritten."""
-    codes, scale, zero, block, form = weight.args
+    codes, scale, zero, block, form = _args(weight)
     reads = []
     for read in (codes, scale, zero):
         tensor = parameter(gm, read)
@@ -78,7 +84,7 @@ def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
 
 
 def _to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
-    source, scale, zero, block, form = node.args
+    source, scale, zero, block, form = _args(node)
     axis = _axis(node, block)
     fmt, _ = parse_format(form)
     with gm.graph.inserting_before(node):

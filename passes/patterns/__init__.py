@@ -2,7 +2,16 @@
 
 from .base import QuantPattern
 from .elementwise import COMPUTING, MOVING, Add, AddActivation, Concat, Matmul, Mul
-from .weighted import Conv, ConvActivation, ConvTranspose, Embedding, Linear, LinearActivation, PaddedConv, PaddedConvActivation
+from .weighted import (
+    Conv,
+    ConvActivation,
+    ConvTranspose,
+    Embedding,
+    Linear,
+    LinearActivation,
+    PaddedConv,
+    PaddedConvActivation,
+)
 
 PATTERNS: list[type[QuantPattern]] = [
     PaddedConvActivation,

@@ -7,6 +7,7 @@ from graphq.graph.view import LayerView, value_of
 
 from .base import QuantPattern
 from .mask import is_mask
+from .weighted import absorbed_activation
 
 
 def two_tensors(m: Match) -> str | None:
@@ -55,11 +56,7 @@ class AddActivation(Add):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        if m.add.users > 1:
-            return "the sum feeds something besides the activation"
-        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
-            return "its lower bound is not zero"
-        return two_tensors(m)
+        return absorbed_activation(m, "add") or two_tensors(m)
 
 
 class Mul(QuantPattern):

@@ -5,10 +5,28 @@ from graphq.graph.matcher import Match
 from .base import QuantPattern
 
 
-class Conv(QuantPattern):
-    """x ─ Q ─ conv ─ Q."""
+def constant_weight(m: Match) -> str | None:
+    """Why the weight cannot become codes, or None."""
+    return None if m.tensor("weight") is not None else "its weight is computed, not a parameter"
+
+
+def absorbed_activation(m: Match, head: str) -> str | None:
+    """Why an activation is not skipped by the kernel before it, or None."""
+    if getattr(m, head).users > 1:
+        return f"the {head} feeds something besides the activation"
+    if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
+        return "its lower bound is not zero"
+    return None
+
+
+class ConvBase(QuantPattern):
+    """What all patterns around a convolution share."""
 
     family, head, weight, bias = "conv", "conv", "weight", "bias"
+
+
+class Conv(ConvBase):
+    """x ─ Q ─ conv ─ Q."""
 
     @staticmethod
     def pattern(op, x, weight, bias):
@@ -16,10 +34,10 @@ class Conv(QuantPattern):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return None if m.tensor("weight") is not None else "its weight is computed, not a parameter"
+        return constant_weight(m)
 
 
-class ConvActivation(Conv):
+class ConvActivation(ConvBase):
     """x ─ Q ─ conv ─ relu | clip ─ Q: the codes after Q cannot leave the bounds, so that the kernel skips the op."""
 
     @staticmethod
@@ -28,14 +46,10 @@ class ConvActivation(Conv):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        if m.conv.users > 1:
-            return "the convolution feeds something besides the activation"
-        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
-            return "its lower bound is not zero"
-        return Conv.check(m)
+        return absorbed_activation(m, "conv") or constant_weight(m)
 
 
-class PaddedConv(Conv):
+class PaddedConv(ConvBase):
     """x ─ Q ─ pad(0) ─ conv ─ Q: the kernel pads with the code of zero."""
 
     @staticmethod
@@ -44,10 +58,10 @@ class PaddedConv(Conv):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return _zero_pad(m) or Conv.check(m)
+        return zero_pad(m) or constant_weight(m)
 
 
-class PaddedConvActivation(ConvActivation):
+class PaddedConvActivation(ConvBase):
     """x ─ Q ─ pad(0) ─ conv ─ relu | clip ─ Q."""
 
     @staticmethod
@@ -56,10 +70,10 @@ class PaddedConvActivation(ConvActivation):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return _zero_pad(m) or ConvActivation.check(m)
+        return zero_pad(m) or absorbed_activation(m, "conv") or constant_weight(m)
 
 
-def _zero_pad(m: Match) -> str | None:
+def zero_pad(m: Match) -> str | None:
     """Why a pad does not fold into the convolution that follows, or None."""
     mode, value = m.pad.arg("mode") or "constant", m.pad.arg("value")
     if mode != "constant" or value not in (None, 0, 0.0):
@@ -93,7 +107,7 @@ class Linear(QuantPattern):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return None if m.tensor("weight") is not None else "its weight is computed, not a parameter"
+        return constant_weight(m)
 
 
 class LinearActivation(Linear):
@@ -107,13 +121,9 @@ class LinearActivation(Linear):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        if m.linear.users > 1:
-            return "the linear feeds something besides the activation"
         if len(m.x.shape) != 2:
             return "only a matrix product takes the activation in"
-        if m.activation.family == "clip" and m.activation.arg("min_val") != 0:
-            return "its lower bound is not zero"
-        return Linear.check(m)
+        return absorbed_activation(m, "linear") or constant_weight(m)
 
 
 class Embedding(QuantPattern):

@@ -100,9 +100,7 @@ def _floats(node: fx.Node) -> bool:
     return is_float(node)
 
 
-def _group(
-    gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig, target: Target
-) -> Group:
+def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig, target: Target) -> Group:
     head = match._bound[pattern.head]
     resolution = config.resolve(LayerView(gm, head))
     activations: list[fx.Node] = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphq.graph.decision import Decision, decision_of
+from graphq.graph.decision import decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
 
 from .edges import quantizer_at, quantizer_calls

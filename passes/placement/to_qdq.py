@@ -1,7 +1,7 @@
 """Convert: every quantizer becomes graphq::quantize and graphq::dequantize; constants become codes.
 
-    x ── TensorQuantizer ── y        ⇒    x ── quantize ── dequantize ── y
-    weight ── TensorQuantizer ── y   ⇒    codes ── dequantize ── y
+x ── TensorQuantizer ── y        ⇒    x ── quantize ── dequantize ── y
+weight ── TensorQuantizer ── y   ⇒    codes ── dequantize ── y
 """
 
 from __future__ import annotations

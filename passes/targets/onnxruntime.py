@@ -111,7 +111,7 @@ CPUS = ("auto", "avx2", "vnni", "arm")
 
 @TARGETS.register("onnxruntime")
 def onnxruntime_target(cpu: str = "auto") -> Target:
-    """The target for one kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one."""
+    """The target for a kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one."""
     if cpu not in CPUS:
         raise TargetError(f"unknown cpu {cpu!r} of target 'onnxruntime'", remedy=did_you_mean(cpu, CPUS))
     if cpu == "auto":

@@ -63,4 +63,4 @@ class Target:
         return None, reason
 
 
-TARGETS: Registry[Callable[[str], Target]] = Registry("target", "graphq.targets")
+TARGETS: Registry[Callable[..., Target]] = Registry("target", "graphq.targets")

@@ -1,0 +1,218 @@
+"""The command line: graphq quantize | explain | compare | bench | presets | schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from graphq import api
+from graphq.config import QuantConfig
+from graphq.config.presets import CONFIGS
+from graphq.config.spec import QuantSpec
+from graphq.errors import GraphqError
+from graphq.evaluate.compare import Comparison, output_metrics
+from graphq.evaluate.compare import compare as compare_graphs
+from graphq.evaluate.latency import measure, random_feed
+from graphq.evaluate.taps import load_model as load_onnx
+from graphq.evaluate.taps import session
+from graphq.evaluate.verify import feed_of, flat_outputs, verify
+from graphq.loading import load_data, load_model
+from graphq.passes.targets import get_target
+from graphq.report.explain import explain as explain_graph
+from graphq.report.html import report
+from graphq.report.tables import comparison_table, explanation_table, latency_table, verification_line
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize PyTorch models on their graph; see what was decided and what really runs.",
+)
+console = Console()
+
+ModelArg = Annotated[str, typer.Argument(help="model.pt2, hf:DIR, or module:factory")]
+DataOption = Annotated[str, typer.Option("--calibration", help=".npz, folder of images, .txt, or module:loader")]
+ConfigOption = Annotated[str, typer.Option("--config", help="A preset, or a .yaml or .json file")]
+TargetOption = Annotated[str, typer.Option(help="The runtime to place quantizers for")]
+CpuOption = Annotated[str, typer.Option(help="auto (this machine), avx2, vnni or arm")]
+DynamicOption = Annotated[str, typer.Option(help="batch, batch+sequence, or none")]
+SamplesOption = Annotated[int, typer.Option(help="How many calibration samples to use")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines")]
+
+
+def _shapes(dynamic: str) -> str | None:
+    return None if dynamic == "none" else dynamic
+
+
+def _emit(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+@app.command()
+def quantize(
+    model: ModelArg,
+    calibration: DataOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write")],
+    config: ConfigOption = "int8",
+    target: TargetOption = "onnxruntime",
+    cpu: CpuOption = "auto",
+    dynamic: DynamicOption = "batch",
+    samples: SamplesOption = 64,
+    float_onnx: Annotated[Path | None, typer.Option(help="Also write the float model here")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML report here")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model, write it as ONNX, and check that the runtime computes what was simulated."""
+    settings, place = QuantConfig.load(config), get_target(target, cpu=cpu)
+    source = load_model(model)
+    data = load_data(calibration, model, samples=samples)
+    quantized = api.quantize(
+        source, settings, data, target=place, dynamic_shapes=_shapes(dynamic), progress=not as_json
+    )
+    api.export(quantized, output)
+    if float_onnx is not None:
+        api.export(api.capture_like(source, quantized), float_onnx)
+    held = data[:8]
+    checked = verify(quantized, output, held)
+    explanation = explain_graph(quantized, output)
+    is_module = isinstance(source, torch.nn.Module)
+    quality = compare_graphs(source, quantized, held, per_op=False) if is_module else None
+    if html is not None:
+        report(quantized, html, explanation, quality, checked)
+    if as_json:
+        figures = quality.to_dict() if quality else None
+        _emit({"file": str(output), "kernels": explanation.kernels(), "verify": checked.to_dict(), "quality": figures})
+        return
+    console.print(_summary(explanation.kernels(), quality))
+    console.print(verification_line(checked))
+    console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
+
+
+def _summary(kernels: dict[str, int], quality: Comparison | None) -> Table:
+    title = "kernels found in ONNX Runtime"
+    if quality is not None:
+        title += f" — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration samples"
+    table = Table("kernel", "ops", title=title, title_justify="left")
+    for kernel, count in kernels.items():
+        table.add_row(kernel, str(count))
+    return table
+
+
+@app.command()
+def explain(
+    model: ModelArg,
+    calibration: DataOption,
+    layer: Annotated[str | None, typer.Option(help="Only this module path")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An exported file: shows the kernels that really run")] = None,
+    config: ConfigOption = "int8",
+    target: TargetOption = "onnxruntime",
+    cpu: CpuOption = "auto",
+    dynamic: DynamicOption = "batch",
+    every: Annotated[bool, typer.Option("--all", help="Also shape computations")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say for every op what is decided, by which rule and why, and which kernel computes it."""
+    data = load_data(calibration, model, samples=1)
+    place = get_target(target, cpu=cpu)
+    graph = api.quantize(load_model(model), config, data, target=place, dynamic_shapes=_shapes(dynamic), progress=False)
+    explanation = explain_graph(graph, onnx)
+    if layer is not None:
+        explanation.rows = explanation[layer]
+    if as_json:
+        _emit(explanation.to_dicts())
+    else:
+        console.print(explanation_table(explanation, every=every))
+    if explanation.disagreements:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    model: ModelArg,
+    onnx: Annotated[Path, typer.Argument(help="The exported ONNX file")],
+    data: Annotated[str, typer.Option("--data", help=".npz, folder of images, .txt, or module:loader")],
+    samples: SamplesOption = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an exported file, as ONNX Runtime computes it, with the float model."""
+    load_onnx(onnx)
+    source = load_model(model)
+    batches = load_data(data, model, samples=samples)
+    graph = api.capture(source, *_example(batches[0]))
+    run = session(onnx)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for batch in batches:
+        args, kwargs = _example(batch)
+        with torch.no_grad():
+            expected = flat_outputs(graph(*args, **kwargs))[0]
+        pairs.append((expected, torch.from_numpy(run.run(None, feed_of(graph, args, kwargs))[0])))
+    a, b = (torch.cat([p[i].reshape(-1, p[i].shape[-1]) for p in pairs]) for i in (0, 1))
+    result = output_metrics(a, b)
+    if as_json:
+        _emit(result.to_dict())
+    else:
+        console.print(comparison_table(result))
+
+
+def _example(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, dict):
+        return (), batch
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+@app.command()
+def bench(
+    onnx: Annotated[Path, typer.Argument(help="The quantized ONNX file")],
+    float_onnx: Annotated[Path, typer.Option("--float", help="The float ONNX file to compare with")],
+    batch: Annotated[list[int], typer.Option(help="Batch sizes")] = [1, 8],  # noqa: B006  (typer copies it)
+    sequence: Annotated[int, typer.Option(help="Size of further dynamic dimensions")] = 128,
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions")] = 15,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the latency of a quantized file against the float one in ONNX Runtime, interleaved."""
+    results = {}
+    for size in batch:
+        feed = random_feed(float_onnx, batch=size, sequence=sequence)
+        results[size] = measure({"fp32": float_onnx, "int8": onnx}, feed, rounds=rounds)
+        if not as_json:
+            console.print(f"batch {size}")
+            console.print(latency_table(results[size]))
+    if as_json:
+        _emit({size: [vars(m) for m in r] for size, r in results.items()})
+
+
+@app.command()
+def presets(as_json: JsonOption = False) -> None:
+    """List the configs that come with graphq."""
+    if as_json:
+        _emit({name: json.loads(c.model_dump_json()) for name, c in CONFIGS.items()})
+        return
+    table = Table("preset", "rule", "scheme", "reason")
+    for name, config in CONFIGS.items():
+        for rule in config.rules:
+            table.add_row(name, str(rule.select), str(rule.scheme or "float"), rule.reason)
+    console.print(table)
+
+
+@app.command()
+def schema(
+    spec: Annotated[bool, typer.Option("--spec", help="Only the schema of one QuantSpec")] = False,
+) -> None:
+    """Print the JSON schema of config files."""
+    _emit((QuantSpec if spec else QuantConfig).model_json_schema())
+
+
+def main() -> None:
+    """Entry point: errors that graphq raises on purpose are printed without a traceback, exit status 1."""
+    try:
+        app()
+    except GraphqError as e:
+        Console(stderr=True).print(f"[red]{type(e).__name__}[/red]: {e}", markup=True, highlight=False)
+        sys.exit(1)

@@ -2,7 +2,7 @@
 
 from graphq.graph.passes import Pipeline, RewritePass
 
-from .drop_noops import DropCast, DropDropout, DropExpand, DropIdentity, DropReshape, DropSlice, drop_asserts
+from .drop_noops import DropCast, DropDropout, DropExpand, DropIdentity, DropReshape, DropSlice, ViewToReshape, drop_asserts
 from .fold_batchnorm import (
     FoldBatchNormAfterCat,
     FoldBatchNormAfterSplit,
@@ -12,6 +12,7 @@ from .fold_batchnorm import (
     FoldBatchNormIntoNextConv,
 )
 from .fold_pad import FoldPadIntoConv
+from .normalize_batchnorm import FunctionalBatchNorm
 from .normalize_clip import Clamp, ClampMin, ClipFromZero, Relu6
 from .normalize_conv import ConvSame
 from .normalize_linear import AddBias, Addmm, MatmulParameter
@@ -28,7 +29,9 @@ def canonical_pipeline() -> Pipeline:
         "canonical",
         [
             drop_asserts,
+            RewritePass(ViewToReshape, name="view_to_reshape"),
             RewritePass(DropDropout, DropIdentity, DropCast, DropReshape, DropExpand, DropSlice, name="drop_noops"),
+            RewritePass(FunctionalBatchNorm, name="normalize_batchnorm"),
             RewritePass(Relu6, Clamp, ClampMin, ClipFromZero, name="normalize_clip"),
             RewritePass(ConvSame, name="normalize_conv"),
             RewritePass(Addmm, MatmulParameter, AddBias, name="normalize_linear"),

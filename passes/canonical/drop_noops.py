@@ -17,6 +17,22 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
     )
 
 
+class ViewToReshape(Rewrite):
+    """view(x, shape)  ⇒  reshape(x, shape): a view that needs no copies before it, so that those can go."""
+
+    @staticmethod
+    def pattern(op, x):
+        return op.reshape(x)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return None if m.root.op == "aten.view.default" else "not a view"
+
+    @staticmethod
+    def rewrite(m: Match):
+        return m.call(torch.ops.aten.reshape.default, m.x, m.root.arg("size"))
+
+
 class DropDropout(Rewrite):
     """x ── dropout ── y  ⇒  x ── y, in eval mode."""
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from graphq.numerics.affine import blocks_of
 from graphq.observers.base import MASK_VALUE, finite_range, nothing_seen
 
-BINS = 8192
-SAMPLE = 1 << 15  # values counted of a tensor per update; extremes are taken of all of them
+BINS = 4096
+SAMPLE = 1 << 14  # of larger tensors about so many values are counted; the extremes are those of all values
+FLUSH = 1 << 18  # values that wait to be counted together
 SMALLEST = -126  # exponent of the smallest range: below it float32 is denormal
 
 
@@ -29,42 +30,49 @@ class Histogram:
         self.lo: Tensor
         self.hi: Tensor
         self.grid: torch.Size  # blocks along each dimension
-        self._random = torch.Generator().manual_seed(0)
+        self._step = 0  # one value of so many is counted; fixed by the first tensor, so that all weigh the same
+        self._waiting: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Count the values of one more tensor."""
+        """Take in the values of one more tensor."""
         kept, lo, hi = finite_range(x.detach())
-        if kept.shape != x.shape and self.block:
-            kept = x.masked_fill(~(x > MASK_VALUE), 0.0)
-        parts = blocks_of(kept.float(), self.block)
-        grid, rows = parts.shape[:-1], parts.reshape(-1, parts.shape[-1])
         if self.block:
-            row_lo, row_hi = (v.clamp(max=0) if i == 0 else v.clamp(min=0) for i, v in enumerate(rows.aminmax(dim=1)))
-        else:
-            row_lo = torch.tensor([min(lo, 0.0)], device=x.device)
-            row_hi = torch.tensor([max(hi, 0.0)], device=x.device)
+            self._add_blocks(x if kept.shape == x.shape else x.masked_fill(~(x > MASK_VALUE), 0.0))
+            return
         if self.counts is None:
-            self.counts = torch.zeros(len(rows), BINS, dtype=torch.float64, device=x.device)
-            self.lo, self.hi, self.grid = row_lo, row_hi, grid
-        self._grow(math.frexp(max(-lo, hi, 0.0))[1])
-        self.lo, self.hi = torch.minimum(self.lo, row_lo), torch.maximum(self.hi, row_hi)
-        self.counts += self._count(rows)
+            self._start(1, torch.Size([1]), x.device)
+            self._step = max(1, kept.numel() // SAMPLE) | 1
+        self.lo.clamp_(max=lo)
+        self.hi.clamp_(min=hi)
+        self._grow(_exponent(lo, hi))
+        values = kept.reshape(-1)
+        ends = torch.tensor([lo, hi], device=x.device)
+        self._waiting += [values[len(self._waiting) % self._step :: self._step].float(), ends]
+        if sum(w.numel() for w in self._waiting) > FLUSH:
+            self._flush()
 
-    def _count(self, rows: Tensor) -> Tensor:
-        limit = 2.0**self.exponent
-        if len(rows) == 1:
-            return self._count_sample(rows[0], limit)[None]
-        index = ((rows / limit + 1) * (BINS // 2)).long().clamp(0, BINS - 1)
-        counts = torch.zeros(len(rows), BINS, dtype=torch.float64, device=rows.device)
-        return counts.scatter_add_(1, index, torch.ones((), dtype=torch.float64, device=rows.device).expand_as(index))
+    def _start(self, rows: int, grid: torch.Size, device: torch.device) -> None:
+        self.counts = torch.zeros(rows, BINS, dtype=torch.float64, device=device)
+        self.lo, self.hi, self.grid = torch.zeros(rows, device=device), torch.zeros(rows, device=device), grid
 
-    def _count_sample(self, values: Tensor, limit: float) -> Tensor:
-        """Of a large tensor a fixed-size random sample, weighted to stand for all, and its two extremes."""
-        if values.numel() <= SAMPLE:
-            return torch.histc(values, BINS, -limit, limit).double()
-        index = torch.randint(values.numel(), (SAMPLE,), generator=self._random).to(values.device)
-        counts = torch.histc(values[index], BINS, -limit, limit).double() * (values.numel() / SAMPLE)
-        return counts + torch.histc(torch.stack(values.aminmax()), BINS, -limit, limit)
+    def _flush(self) -> None:
+        if self._waiting and self.counts is not None:
+            limit = 2.0**self.exponent
+            self.counts[0] += torch.histc(torch.cat(self._waiting), BINS, -limit, limit)
+            self._waiting = []
+
+    def _add_blocks(self, x: Tensor) -> None:
+        parts = blocks_of(x.float(), self.block)
+        rows = parts.reshape(-1, parts.shape[-1])
+        if self.counts is None:
+            self._start(len(rows), parts.shape[:-1], x.device)
+        assert self.counts is not None
+        lo, hi = rows.aminmax(dim=1)
+        self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
+        self._grow(_exponent(lo.min().item(), hi.max().item()))
+        index = ((rows / 2.0**self.exponent + 1) * (BINS // 2)).long().clamp(0, BINS - 1)
+        ones = torch.ones((), dtype=torch.float64, device=x.device).expand_as(index)
+        self.counts.scatter_add_(1, index, ones)
 
     def _grow(self, exponent: int) -> None:
         """Widen the range to ±2^exponent by merging bins about zero."""
@@ -72,6 +80,7 @@ class Histogram:
         steps = exponent - self.exponent
         if steps <= 0:
             return
+        self._flush()
         self.exponent = exponent
         if not self.counts.any():
             return
@@ -81,6 +90,8 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of another histogram."""
+        self._flush()
+        other._flush()
         if other.counts is None:
             return
         if self.counts is None:
@@ -96,6 +107,7 @@ class Histogram:
 
     def filled(self) -> Tensor:
         """The counts. Raises CalibrationError when nothing has been seen."""
+        self._flush()
         if self.counts is None:
             raise nothing_seen()
         return self.counts
@@ -110,3 +122,8 @@ class Histogram:
     def shaped(self, per_block: Tensor) -> Tensor:
         """A value per row, in the shape of a scale."""
         return per_block.float().reshape(self.grid) if self.block else per_block.float().reshape(())
+
+
+def _exponent(lo: float, hi: float) -> int:
+    """The smallest k with |lo|, |hi| < 2^k."""
+    return math.frexp(max(-lo, hi, 0.0))[1]

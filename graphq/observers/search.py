@@ -20,7 +20,7 @@ from graphq.observers.histogram import Histogram
 class RangeSearch:
     """Tries ranges; subclasses score them."""
 
-    def __init__(self, spec: QuantSpec, block: tuple[int, ...], grid: int = 100, smallest: float = 0.2) -> None:
+    def __init__(self, spec: QuantSpec, block: tuple[int, ...], grid: int = 64, smallest: float = 0.3) -> None:
         self.spec, self.grid, self.smallest = spec, grid, smallest
         self.histogram = Histogram(block)
 

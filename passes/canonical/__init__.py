@@ -2,7 +2,16 @@
 
 from graphq.graph.passes import Pipeline, RewritePass
 
-from .drop_noops import DropCast, DropDropout, DropExpand, DropIdentity, DropReshape, DropSlice, ViewToReshape, drop_asserts
+from .drop_noops import (
+    DropCast,
+    DropDropout,
+    DropExpand,
+    DropIdentity,
+    DropReshape,
+    DropSlice,
+    ViewToReshape,
+    drop_asserts,
+)
 from .fold_batchnorm import (
     FoldBatchNormAfterCat,
     FoldBatchNormAfterSplit,

@@ -15,8 +15,8 @@ from graphq.numerics.affine import blocks_of
 from graphq.observers.base import MASK_VALUE, finite_range, nothing_seen
 
 BINS = 4096
-SAMPLE = 1 << 14  # of larger tensors about so many values are counted; the extremes are those of all values
-FLUSH = 1 << 18  # values that wait to be counted together
+SAMPLE = 1 << 13  # of larger tensors about so many values are counted; the extremes are those of all values
+FLUSH = 1 << 17  # values that wait to be counted together
 SMALLEST = -126  # exponent of the smallest range: below it float32 is denormal
 
 
@@ -47,7 +47,8 @@ class Histogram:
         self._grow(_exponent(lo, hi))
         values = kept.reshape(-1)
         ends = torch.tensor([lo, hi], device=x.device)
-        self._waiting += [values[len(self._waiting) % self._step :: self._step].float(), ends]
+        sample = values[len(self._waiting) % self._step :: self._step].to(torch.float32, copy=True)  # frees x itself
+        self._waiting += [sample, ends]
         if sum(w.numel() for w in self._waiting) > FLUSH:
             self._flush()
 

@@ -15,7 +15,7 @@ from graphq.numerics.affine import blocks_of
 from graphq.observers.base import MASK_VALUE, finite_range, nothing_seen
 
 BINS = 4096
-SAMPLE = 1 << 13  # of larger tensors about so many values are counted; the extremes are those of all values
+SAMPLE = 1 << 13  # enough of a tensor, batch after batch, for a search of the least error; extremes are of all values
 FLUSH = 1 << 17  # values that wait to be counted together
 SMALLEST = -126  # exponent of the smallest range: below it float32 is denormal
 
@@ -23,8 +23,9 @@ SMALLEST = -126  # exponent of the smallest range: below it float32 is denormal
 class Histogram:
     """Counts [blocks, BINS] (float64) over [-2^exponent, 2^exponent), with the exact extremes of each block."""
 
-    def __init__(self, block: tuple[int, ...]) -> None:
-        self.block = block
+    def __init__(self, block: tuple[int, ...], sample: int | None = None) -> None:
+        """sample: of a larger tensor count about so many values (with a scale per tensor); None counts all."""
+        self.block, self.sample = block, sample
         self.exponent = SMALLEST
         self.counts: Tensor | None = None
         self.lo: Tensor
@@ -41,14 +42,15 @@ class Histogram:
             return
         if self.counts is None:
             self._start(1, torch.Size([1]), x.device)
-            self._step = max(1, kept.numel() // SAMPLE) | 1
+            self._step = max(1, kept.numel() // self.sample) | 1 if self.sample else 1
         self.lo.clamp_(max=lo)
         self.hi.clamp_(min=hi)
         self._grow(_exponent(lo, hi))
         values = kept.reshape(-1)
-        ends = torch.tensor([lo, hi], device=x.device)
-        sample = values[len(self._waiting) % self._step :: self._step].to(torch.float32, copy=True)  # frees x itself
-        self._waiting += [sample, ends]
+        sample = values[len(self._waiting) % self._step :: self._step]
+        self._waiting.append(sample.to(torch.float32, copy=True))  # a copy: a view would keep the whole tensor alive
+        if self._step > 1:
+            self._waiting.append(torch.tensor([lo, hi], device=x.device))
         if sum(w.numel() for w in self._waiting) > FLUSH:
             self._flush()
 

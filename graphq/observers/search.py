@@ -14,7 +14,7 @@ from torch import Tensor
 from graphq.config.spec import QuantSpec
 from graphq.numerics.affine import choose_qparams
 from graphq.observers.base import OBSERVERS
-from graphq.observers.histogram import Histogram
+from graphq.observers.histogram import SAMPLE, Histogram
 
 
 class RangeSearch:
@@ -22,7 +22,7 @@ class RangeSearch:
 
     def __init__(self, spec: QuantSpec, block: tuple[int, ...], grid: int = 64, smallest: float = 0.3) -> None:
         self.spec, self.grid, self.smallest = spec, grid, smallest
-        self.histogram = Histogram(block)
+        self.histogram = Histogram(block, SAMPLE)
 
     def update(self, x: Tensor) -> None:
         self.histogram.add(x)

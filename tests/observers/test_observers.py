@@ -1,0 +1,156 @@
+"""Observers find the range that their definition names, however the data comes, in bounded memory."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from graphq.config import QuantSpec
+from graphq.errors import CalibrationError, ConfigError
+from graphq.numerics.affine import choose_qparams, fake_quantize
+from graphq.observers import OBSERVERS, make_observer
+from graphq.observers.histogram import BINS, FLUSH, Histogram
+
+SYMMETRIC = QuantSpec(format="int8", symmetric=True)
+AFFINE = QuantSpec(format="uint8", symmetric=False)
+NAMES = ["minmax", "moving_average", "percentile", "mse", "entropy"]
+
+
+def spec(name, symmetric):
+    return (SYMMETRIC if symmetric else AFFINE).model_copy(update={"observer": name})
+
+
+def ranges(name, symmetric, *batches, **options):
+    observer = make_observer(spec(name, symmetric).model_copy(update={"observer_args": options}), ())
+    for b in batches:
+        observer.update(b)
+    return tuple(v.item() for v in observer.range())
+
+
+def test_minmax_is_the_extremes_with_zero_included():
+    assert ranges("minmax", False, torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])) == (0.0, 5.0)
+
+
+def test_moving_average_follows_its_formula():
+    lo, hi = ranges("moving_average", False, torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 5.0]), rate=0.25)
+    assert (lo, hi) == pytest.approx((-1.5, 2.0))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_percentile_is_numpys_to_within_a_bin(symmetric):
+    x = torch.randn(100_000)
+    lo, hi = ranges("percentile", symmetric, x, percentile=99.0)
+    width = 2.0 ** math.ceil(math.log2(x.abs().max().item())) * 2 / BINS
+    if symmetric:
+        assert hi == pytest.approx(np.percentile(x.abs().numpy(), 99), abs=2 * width)
+        assert lo == -hi
+    else:
+        assert hi == pytest.approx(np.percentile(x.numpy(), 99.5), abs=2 * width)
+        assert lo == pytest.approx(np.percentile(x.numpy(), 0.5), abs=2 * width)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_is_no_worse_than_a_brute_force_search(symmetric):
+    x = torch.cat([torch.randn(4000), torch.tensor([25.0])])
+    s = spec("mse", symmetric).model_copy(update={"format": "int4" if symmetric else "uint4"})
+
+    def error(lo, hi):
+        scale, zero = choose_qparams(torch.tensor(lo), torch.tensor(hi), s.number_format, symmetric=symmetric)
+        return (fake_quantize(x, scale, zero, (), s.number_format) - x).square().sum().item()
+
+    observer = make_observer(s, ())
+    observer.update(x)
+    found = error(*(v.item() for v in observer.range()))
+    low = x.min().item()
+    best = min(error(low * a, 25.0 * b) for a in np.linspace(0.5, 1, 12) for b in np.linspace(0.1, 1, 60))
+    assert found <= 1.1 * best
+    assert found < 0.7 * error(low, 25.0)
+
+
+def test_entropy_clips_a_long_tail_but_keeps_a_uniform_range():
+    gauss = torch.cat([torch.randn(50_000), torch.tensor([60.0])])
+    assert ranges("entropy", True, gauss)[1] < 30
+    assert ranges("entropy", True, torch.linspace(-1, 1, 50_000))[1] > 0.95
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_relu_output_gets_a_range_from_zero(name, symmetric):
+    lo, hi = ranges(name, symmetric, torch.randn(20_000).relu())
+    assert hi > 1.0
+    assert -hi <= lo <= 0.0 if symmetric else lo == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mask_values_do_not_stretch_the_range(name):
+    x = torch.randn(5000)
+    masked = torch.cat([x, torch.full((50,), -math.inf), torch.full((50,), torch.finfo(torch.float32).min)])
+    lo, hi = ranges(name, False, masked)
+    assert lo >= x.min().item() - 0.1
+    assert hi <= x.max().item() + 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_plus_infinity_are_errors(name):
+    for bad in (math.nan, math.inf):
+        with pytest.raises(CalibrationError):
+            ranges(name, False, torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_and_dead_tensors_are_fine(name):
+    assert ranges(name, False, torch.zeros(100)) == (0.0, 0.0)
+    lo, hi = ranges(name, False, torch.full((100,), 3.0))
+    assert lo == 0.0
+    assert hi == pytest.approx(3.0, rel=0.75)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "moving_average"])
+def test_merging_two_observers_equals_one_that_saw_all(name):
+    parts = [torch.randn(3000), torch.randn(3000) * 7, torch.randn(100) * 0.1]
+    observers = [make_observer(spec(name, False), ()) for _ in parts]
+    for o, p in zip(observers, parts, strict=True):
+        o.update(p)
+    whole = make_observer(spec(name, False), ())
+    for p in parts:
+        whole.update(p)
+    observers[0].merge(observers[1])
+    observers[2].merge(observers[0])
+    assert [v.item() for v in observers[2].range()] == [v.item() for v in whole.range()]
+
+
+def test_the_histogram_stays_small_and_does_not_keep_tensors_alive():
+    h = Histogram(())
+    for _ in range(40):
+        h.add(torch.randn(200_000))
+    assert sum(w.numel() for w in h._waiting) <= FLUSH + 200_000
+    assert all(w._base is None for w in h._waiting)
+    assert h.filled().shape == (1, BINS)
+
+
+def test_the_order_of_the_data_does_not_matter():
+    small, large = torch.randn(1000), torch.randn(1000) * 1000
+    a, b = Histogram(()), Histogram(())
+    a.add(small), a.add(large)
+    b.add(large), b.add(small)
+    near = (a.filled() - b.filled()).abs().sum().item()
+    assert near <= 2  # values on an edge of a bin may round to either side
+    assert a.filled().sum() == b.filled().sum() == 2000
+
+
+def test_per_channel_ranges_come_in_the_shape_of_the_scale():
+    x = torch.randn(6, 40) * torch.arange(1, 7)[:, None]
+    for name in ("minmax", "mse", "percentile"):
+        observer = make_observer(QuantSpec(observer=name, granularity="channel"), (1, -1))
+        observer.update(x)
+        lo, hi = observer.range()
+        assert lo.shape == hi.shape == (6, 1)
+        assert (hi.flatten() <= x.abs().amax(1) * 1.001).all()
+
+
+def test_unknown_observers_and_options_are_errors_with_suggestions():
+    with pytest.raises(ConfigError, match="'percentile'"):
+        OBSERVERS["percentil"]
+    with pytest.raises(ConfigError, match="shrink"):
+        make_observer(QuantSpec(observer="mse", observer_args={"shrink": 2}), ())

@@ -1,6 +1,8 @@
 """verify: is what was simulated what the runtime computes?
 
-Op by op: the graph is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
+The simulation is the converted graph lowered to the exact integer arithmetic of the target's kernels.
+
+Op by op: it is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
 sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it. End to end: the simulation
 and a default session run freely, and their outputs are compared.
 """
@@ -76,6 +78,7 @@ class Verification:
 def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verification:
     """Compare a converted graph with the ONNX file that was exported from it, on real inputs, in ONNX Runtime."""
     model = load_model(path)
+    simulation = converted.meta["graphq_target"].reference(converted)
     quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE]
     present = {name for node in model.graph.node for name in node.output}
     if quantized and not present.intersection(quantized):
@@ -94,8 +97,8 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
         feed = feed_of(converted, args, kwargs)
         codes, tapped_outputs = taps.run(feed)
         with torch.no_grad():
-            _Forced(converted, codes, checks).run(*flat_inputs(converted, args, kwargs))
-            simulated.append(flat_outputs(converted(*args, **kwargs)))
+            _Forced(simulation, codes, checks).run(*flat_inputs(converted, args, kwargs))
+            simulated.append(flat_outputs(simulation(*args, **kwargs)))
         outputs = default.run(None, feed)
         result.same_as_default_session &= all(
             np.array_equal(a, b, equal_nan=True) for a, b in zip(tapped_outputs, outputs, strict=True)
@@ -119,11 +122,12 @@ class _Forced(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.target is not QUANTIZE or n.name not in self.codes:
+        name = n.meta.get("graphq_replaces", n.name)
+        if name not in self.codes:
             return value
-        given = torch.from_numpy(self.codes[n.name])
+        given = torch.from_numpy(self.codes[name])
         apart = _distance(value, given, n)
-        check = self.checks[n.name]
+        check = self.checks[name]
         check.elements += apart.numel()
         check.differ += int((apart > 0).sum())
         check.largest = max(check.largest, int(apart.max()) if apart.numel() else 0)

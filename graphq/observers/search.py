@@ -20,7 +20,7 @@ from graphq.observers.histogram import SAMPLE, Histogram
 class RangeSearch:
     """Tries ranges; subclasses score them."""
 
-    def __init__(self, spec: QuantSpec, block: tuple[int, ...], grid: int = 64, smallest: float = 0.3) -> None:
+    def __init__(self, spec: QuantSpec, block: tuple[int, ...], grid: int = 80, smallest: float = 0.1) -> None:
         self.spec, self.grid, self.smallest = spec, grid, smallest
         self.histogram = Histogram(block, SAMPLE)
 

@@ -10,6 +10,7 @@ import numpy as np
 from graphq.errors import TargetError, did_you_mean
 from graphq.graph.matcher import Match
 
+from ..lowering.integer_reference import lower_to_integer_reference
 from ..lowering.onnx_qdq import lower_to_onnx_qdq
 from .table import TARGETS, Kernel, Target
 
@@ -126,4 +127,5 @@ def onnxruntime_target(cpu: str = "auto") -> Target:
         weight_formats=frozenset({"int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8"}),
         saturates=cpu == "avx2",
         lowering=lower_to_onnx_qdq,
+        reference=lower_to_integer_reference,
     )

@@ -40,6 +40,7 @@ class Target:
 
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
+    lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -51,6 +52,7 @@ class Target:
     weight_formats: frozenset[str]
     saturates: bool
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
+    reference: Callable[[fx.GraphModule], fx.GraphModule]
 
     def kernel_for(self, family: str, match: Match) -> tuple[Kernel | None, str]:
         """The first row that fits this match, or the reason why none does."""

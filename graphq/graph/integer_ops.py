@@ -1,0 +1,130 @@
+"""Integer kernels, bit for bit: graphq::qconv, qgemm, qadd, qaverage_pool.
+
+Products are summed as int32 (in float32 where no partial sum can pass 2^24, else in float64: exact), the sum becomes float32, is multiplied by one float32
+multiplier per output channel, rounded half to even, moved by the zero point and saturated: what the kernels of ONNX
+Runtime (MLAS) do. Scales are float32 [], or [out] for weights; zero points int32 [].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphq.graph.ops import parse_format
+
+
+def requantize(total: Tensor, multiplier: Tensor, zero_point: Tensor, format: str) -> Tensor:
+    """Sums (integers in float64) → codes."""
+    fmt, _ = parse_format(format)
+    scaled = total.float() * multiplier
+    low, high = fmt.qmin - zero_point, fmt.qmax - zero_point
+    return (torch.round(scaled.clamp(low.float(), high.float())) + zero_point).to(fmt.storage)
+
+
+def exact_dtype(w: Tensor) -> torch.dtype:
+    """A float dtype in which every partial sum of x · w is exact, for x up to 255 and w [out, …]."""
+    largest = 255 * w.to(torch.int32).abs().flatten(1).sum(1).max().item()
+    return torch.float32 if largest < 2**24 and w.device.type == "cpu" else torch.float64
+
+
+def _channels(values: Tensor, rank: int) -> Tensor:
+    """[out] or [] → [1, out, 1, …] for a result of that rank."""
+    return values.reshape(1, -1, *[1] * (rank - 2)) if values.numel() > 1 else values.reshape(())
+
+
+@torch.library.custom_op("graphq::qconv", mutates_args=())
+def qconv(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    format: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    outer_padding: Sequence[int],
+) -> Tensor:
+    """QLinearConv: x [n, in, …] codes, w [out, in / groups, …] codes, bias [out] int32 → codes.
+
+    outer_padding: zeros around x in the order of torch's pad, in front of the convolution's own padding.
+    """
+    dtype = exact_dtype(w)
+    centered = torch.nn.functional.pad((x.to(torch.int32) - x_zero).to(dtype), list(outer_padding))
+    conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[w.ndim - 3]
+    total = conv(centered, w.to(dtype), None, list(stride), list(padding), list(dilation), groups)
+    if bias is not None:
+        total = total.double() + _channels(bias.double(), total.ndim)
+    multiplier = (x_scale * w_scale.reshape(-1)) / y_scale
+    return requantize(total, _channels(multiplier, total.ndim), y_zero, format)
+
+
+@torch.library.custom_op("graphq::qgemm", mutates_args=())
+def qgemm(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y_scale: Tensor | None,
+    y_zero: Tensor | None,
+    format: str,
+) -> Tensor:
+    """QGemm: x [n, in] codes, w [out, in] codes, bias [out] int32 → codes, or float32 without y_scale."""
+    dtype = exact_dtype(w)
+    total = torch.nn.functional.linear((x.to(torch.int32) - x_zero).to(dtype), w.to(dtype))
+    if bias is not None:
+        total = total.double() + bias.double()
+    scale = x_scale * w_scale.reshape(-1)
+    if y_scale is None or y_zero is None:
+        return total.float() * scale
+    return requantize(total, scale / y_scale, y_zero, format)
+
+
+def _fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x · y + z in float32 with one rounding, as a fused multiply-add does it."""
+    return (x.double() * y.double() + z.double()).float()
+
+
+@torch.library.custom_op("graphq::qadd", mutates_args=())
+def qadd(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    format: str,
+) -> Tensor:
+    """QLinearAdd: codes of a and b → codes; the ratios of scales and the constant part are float32."""
+    fmt, _ = parse_format(format)
+    a_ratio, b_ratio = a_scale / y_scale, b_scale / y_scale
+    moved = _fused(a_zero, a_ratio, b_ratio * b_zero.float())
+    total = _fused(a, a_ratio, _fused(b, b_ratio, y_zero.float() - moved))
+    return torch.round(total).clamp(fmt.qmin, fmt.qmax).to(fmt.storage)
+
+
+@torch.library.custom_op("graphq::qaverage_pool", mutates_args=())
+def qaverage_pool(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor, format: str
+) -> Tensor:
+    """QLinearGlobalAveragePool: codes [n, c, …] → codes [n, c, 1, …]."""
+    dims = list(range(2, x.ndim))
+    count = x[0, 0].numel()
+    total = (x.to(torch.int32) - x_zero).double().sum(dims, keepdim=True)
+    return requantize(total, x_scale / (y_scale * count), y_zero, format)
+
+
+QCONV = torch.ops.graphq.qconv.default
+QGEMM = torch.ops.graphq.qgemm.default
+QADD = torch.ops.graphq.qadd.default
+QAVERAGE_POOL = torch.ops.graphq.qaverage_pool.default

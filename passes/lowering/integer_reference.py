@@ -1,0 +1,97 @@
+"""Lower a converted graph to exact integer arithmetic: what the runtime's kernels compute, bit for bit.
+
+    dequantize ── conv (── relu | clip) ── quantize     ⇒   qconv
+    dequantize ── linear (── quantize)                  ⇒   qgemm
+    dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
+    dequantize ── global average pool ── quantize       ⇒   qaverage_pool
+
+Everything else stays as it is. `verify` runs this graph against the runtime.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from graphq.graph.decision import Decision, decision_of
+from graphq.graph.fork import fork
+from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM
+from graphq.graph.ops import DEQUANTIZE, QUANTIZE
+from graphq.graph.passes import finish
+from graphq.graph.view import LayerView
+
+
+def lower_to_integer_reference(converted: fx.GraphModule) -> fx.GraphModule:
+    """A new graph; quantized tensors keep the names of their quantize nodes."""
+    gm = fork(converted)
+    for node in list(gm.graph.nodes):
+        decision = decision_of(node)
+        if decision is None or decision.action != "quantize":
+            continue
+        build = BUILDERS.get(decision.kernel)
+        root = decision.members[0]
+        quantize = next((u for u in root.users if u.target is QUANTIZE), None)
+        if build is not None and (quantize is not None or decision.kernel == "QGemm"):
+            build(gm, node, decision, quantize)
+    finish(gm)
+    return gm
+
+
+def _codes(dequantize: Any) -> tuple[Any, Any, Any]:
+    """(codes, scale, zero point) behind a dequantize node."""
+    assert isinstance(dequantize, fx.Node) and dequantize.target is DEQUANTIZE, dequantize
+    return dequantize.args[:3]  # type: ignore[return-value]
+
+
+def _swap(gm: fx.GraphModule, old: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with gm.graph.inserting_before(old):
+        new = gm.graph.call_function(target, args)
+    new.meta = dict(old.meta)
+    new.meta["graphq_replaces"] = old.name
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
+
+
+def _conv(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    view = LayerView(gm, node)
+    x, weight, bias = (view.arg(k) for k in ("input", "weight", "bias"))
+    outer: list[int] = []
+    if x.target is not DEQUANTIZE:
+        outer, x = list(x.args[1]), x.args[0]
+    w, w_scale, _ = _codes(weight)
+    _, y_scale, y_zero, _, form = quantize.args
+    shape = [list(view.arg(k)) for k in ("stride", "padding", "dilation")]
+    added = None if bias is None else _codes(bias)[0]
+    _swap(gm, quantize, QCONV, (*_codes(x), w, w_scale, added, y_scale, y_zero, form, *shape, view.arg("groups"), outer))
+
+
+def _gemm(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node | None) -> None:
+    view = LayerView(gm, node)
+    w, w_scale, _ = _codes(view.arg("weight"))
+    bias = view.arg("bias")
+    added = None if bias is None else _codes(bias)[0]
+    operands = (*_codes(view.arg("input")), w, w_scale, added)
+    if quantize is None:
+        _swap(gm, node, QGEMM, (*operands, None, None, "uint8"))
+    else:
+        _, y_scale, y_zero, _, form = quantize.args
+        _swap(gm, quantize, QGEMM, (*operands, y_scale, y_zero, form))
+
+
+def _add(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    _, y_scale, y_zero, _, form = quantize.args
+    _swap(gm, quantize, QADD, (*_codes(node.args[0]), *_codes(node.args[1]), y_scale, y_zero, form))
+
+
+def _average_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    _, y_scale, y_zero, _, form = quantize.args
+    _swap(gm, quantize, QAVERAGE_POOL, (*_codes(node.args[0]), y_scale, y_zero, form))
+
+
+BUILDERS: dict[str, Any] = {
+    "QLinearConv": _conv,
+    "QGemm": _gemm,
+    "QLinearAdd": _add,
+    "QLinearGlobalAveragePool": _average_pool,
+}

@@ -78,7 +78,9 @@ def _checked_inputs(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...],
             "tracing needs an example input",
             remedy="Pass args=(tensor, …) or kwargs={'name': tensor} of the shapes the model will see.",
         )
-    return tuple(args), kwargs
+    # torch.export marks the tensors it is given as dynamic: let it mark tensors of ours
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach(), (tuple(args), kwargs))
+    return args, kwargs
 
 
 def _resolve_dynamic(
@@ -106,10 +108,6 @@ def _resolve_dynamic(
         return {d: Dim.DYNAMIC for d in dims if t.ndim > d} if isinstance(t, Tensor) else None
 
     args, kwargs = pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs)
-    if not args:
-        return args, kwargs, pytree.tree_map(spec, kwargs)
-    if not kwargs:
-        return args, kwargs, pytree.tree_map(spec, args)
     bound = torch.export.dynamic_shapes._combine_args(model, args, kwargs)
     return args, kwargs, pytree.tree_map(spec, dict(bound))
 

@@ -74,6 +74,7 @@ class Match:
         self.gm = gm
         named = list(binding.pop(NODES))
         self.nodes: list[fx.Node] = [node for _, node in named]
+        self.created: list[fx.Node] = []
         self.root = LayerView(gm, self.nodes[0])
         self._bound: dict[str, Any] = dict(binding)
         for name, node in named:
@@ -101,6 +102,7 @@ class Match:
         with self.gm.graph.inserting_before(self.root.node):
             node = self.gm.graph.call_function(target, *plain)  # type: ignore[misc]
         node.meta = dict((like or self.root).node.meta)
+        self.created.append(node)
         return node
 
     def param(self, name: str, tensor: Tensor) -> fx.Node:

@@ -66,7 +66,7 @@ class RewritePass:
                 replacement = getattr(replacement, "node", replacement)
                 node.replace_all_uses_with(replacement)
                 erased |= _erase_dead(gm.graph, match.nodes)
-                work.extend([replacement, *replacement.users])
+                work.extend([*match.created, replacement, *replacement.users])
                 result.changed += 1
                 break
         return result

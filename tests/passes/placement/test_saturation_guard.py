@@ -1,0 +1,67 @@
+"""No input can saturate a guarded weight, and the guard gives away as little as it must."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphq
+from graphq.numerics.affine import sqnr
+from graphq.passes.placement.saturation_guard import along_k, clip_pairs, from_k, guard_rows
+
+
+def worst_pair(codes):
+    """The largest magnitude that any u8 activations can give to a pair of products."""
+    pairs = torch.nn.functional.pad(codes, [0, codes.shape[1] % 2]).unflatten(1, (-1, 2))
+    return 255 * max(pairs.clamp(min=0).sum(-1).max().item(), (-pairs).clamp(min=0).sum(-1).max().item())
+
+
+@settings(max_examples=40, deadline=None)
+@given(out=st.integers(1, 6), k=st.integers(1, 33), seed=st.integers(0, 99), heavy=st.booleans())
+def test_no_pair_can_leave_int16(out, k, seed, heavy):
+    torch.manual_seed(seed)
+    rows = torch.randn(out, k) if not heavy else torch.rand(out, k) + 0.9
+    values, scale = guard_rows(rows, rows.abs().amax(1).clamp(min=1e-6) / 127)
+    codes = torch.round(values / scale[:, None])
+    assert torch.allclose(codes * scale[:, None], values, atol=1e-6)
+    assert worst_pair(codes) <= 2**15 - 1
+
+
+def test_safe_weights_are_only_rounded():
+    rows = torch.randn(4, 16)
+    rows[:, 1::2] = 0
+    scale = rows.abs().amax(1) / 127
+    values, guarded = guard_rows(rows, scale)
+    assert torch.equal(guarded, scale)
+    assert torch.equal(values, torch.round(rows / scale[:, None]) * scale[:, None])
+
+
+def test_the_guard_loses_less_than_a_bit_everywhere():
+    rows = torch.randn(64, 256)
+    scale = rows.abs().amax(1) / 127
+    values, _ = guard_rows(rows, scale)
+    seven_bits = torch.round(rows / (2 * scale[:, None])) * 2 * scale[:, None]
+    assert sqnr(rows, values) > sqnr(rows, seven_bits) + 2
+
+
+def test_clipping_shares_the_excess():
+    assert clip_pairs(torch.tensor([[127.0, 127.0, -100.0, -100.0, 120.0, -120.0]])).tolist() == [
+        [64.0, 64.0, -64.0, -64.0, 120.0, -120.0]
+    ]
+
+
+def test_k_runs_over_positions_then_channels():
+    weight = torch.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2)
+    rows = along_k(weight)
+    assert rows[0].tolist()[:4] == [weight[0, 0, 0, 0], weight[0, 1, 0, 0], weight[0, 2, 0, 0], weight[0, 0, 0, 1]]
+    assert torch.equal(from_k(rows, weight.shape), weight)
+
+
+def test_the_guard_runs_for_avx2_only_and_spares_depthwise_convolutions():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    x = torch.randn(4, 4, 8, 8)
+    reasons = {}
+    for cpu in ("avx2", "vnni", "arm"):
+        gm = graphq.quantize(net, "int8", [x], target=graphq.get_target("onnxruntime", cpu=cpu), progress=False)
+        reasons[cpu] = ["int16" in r.reason for r in graphq.explain(gm).rows if r.action == "quantize"]
+    assert reasons == {"avx2": [True, False], "vnni": [False, False], "arm": [False, False]}

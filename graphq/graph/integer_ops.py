@@ -1,8 +1,9 @@
 """Integer kernels, bit for bit: graphq::qconv, qgemm, qadd, qaverage_pool.
 
-Products are summed as int32 (in float32 where no partial sum can pass 2^24, else in float64: exact), the sum becomes float32, is multiplied by one float32
-multiplier per output channel, rounded half to even, moved by the zero point and saturated: what the kernels of ONNX
-Runtime (MLAS) do. Scales are float32 [], or [out] for weights; zero points int32 [].
+Products are summed as int32 (in float32 where no partial sum can pass 2^24, else in float64: exact). The sum becomes
+float32, is multiplied by one float32 multiplier per output channel, rounded half to even, moved by the zero point and
+saturated: what the kernels of ONNX Runtime (MLAS) do. Scales are float32 [], or [out] for weights; zero points int32
+[].
 """
 
 from __future__ import annotations
@@ -114,9 +115,7 @@ def qadd(
 
 
 @torch.library.custom_op("graphq::qaverage_pool", mutates_args=())
-def qaverage_pool(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor, format: str
-) -> Tensor:
+def qaverage_pool(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor, format: str) -> Tensor:
     """QLinearGlobalAveragePool: codes [n, c, …] → codes [n, c, 1, …]."""
     dims = list(range(2, x.ndim))
     count = x[0, 0].numel()

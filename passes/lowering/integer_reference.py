@@ -63,7 +63,9 @@ def _conv(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.No
     _, y_scale, y_zero, _, form = quantize.args
     shape = [list(view.arg(k)) for k in ("stride", "padding", "dilation")]
     added = None if bias is None else _codes(bias)[0]
-    _swap(gm, quantize, QCONV, (*_codes(x), w, w_scale, added, y_scale, y_zero, form, *shape, view.arg("groups"), outer))
+    _swap(
+        gm, quantize, QCONV, (*_codes(x), w, w_scale, added, y_scale, y_zero, form, *shape, view.arg("groups"), outer)
+    )
 
 
 def _gemm(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node | None) -> None:

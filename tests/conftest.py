@@ -10,9 +10,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import zoo
-
 import graphq
+import zoo
 
 torch.set_num_threads(2)
 

@@ -152,7 +152,7 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def feed_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Inputs by the names that the ONNX file gives them: those of the placeholders."""
-    names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     return {k: v.numpy() for k, v in zip(names, flat_inputs(gm, args, kwargs), strict=True) if isinstance(v, Tensor)}
 
 

@@ -4,9 +4,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-import zoo
 
 import graphq
+import zoo
 from graphq.errors import RuntimeMismatch
 from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from graphq.passes.canonical import canonical_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import graphq
 from graphq.graph.view import layers
+from graphq.passes.canonical import canonical_pipeline
 
 
 def canonical(module, *args):

@@ -139,11 +139,10 @@ def test_what_the_target_cannot_compute_is_an_error_that_names_the_layer(spec, c
 
 
 def test_a_decision_can_be_vetoed_between_annotate_and_place():
-    from graphq.passes.canonical import canonical_pipeline
-    from graphq.passes.placement import annotate, insert_quantizers
-
     from graphq.config import QuantConfig as Config
     from graphq.graph.decision import decision_of
+    from graphq.passes.canonical import canonical_pipeline
+    from graphq.passes.placement import annotate, insert_quantizers
 
     gm = graphq.capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.randn(2, 4),))
     canonical_pipeline()(gm)

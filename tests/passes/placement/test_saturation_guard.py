@@ -1,13 +1,13 @@
 """No input can saturate a guarded weight, and the guard gives away as little as it must."""
 
 import torch
-from graphq.passes.placement.saturation_guard import along_k, clip_pairs, from_k, guard_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import graphq
 from graphq.numerics.affine import sqnr
+from graphq.passes.placement.saturation_guard import along_k, clip_pairs, from_k, guard_rows
 
 
 def worst_pair(codes):

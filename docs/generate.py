@@ -1,0 +1,57 @@
+"""Write the pages that are made from the code; with --check, fail if they are not up to date."""
+
+import sys
+from pathlib import Path
+
+from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.config.presets import CONFIGS
+from graphq.numerics.formats import FORMATS
+from graphq.observers import OBSERVERS
+from graphq.passes.targets import onnxruntime as ort_target
+
+HERE = Path(__file__).parent
+
+
+def fields(model) -> str:
+    """A table of a pydantic model's keys."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+        rows.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def configuration() -> str:
+    parts = [(HERE / "configuration.head.md").read_text().rstrip()]
+    for model in (QuantConfig, Rule, Scheme, QuantSpec):
+        parts.append(f"## {model.__name__}\n\n{model.__doc__}\n\n{fields(model)}")
+    observers = "\n".join(f"| `{n}` | {OBSERVERS[n].__doc__.splitlines()[0]} |" for n in OBSERVERS.names())
+    parts.append(f"## Observers\n\n| name | what it finds |\n|---|---|\n{observers}")
+    formats = ", ".join(f"`{n}`" for n in FORMATS)
+    parts.append(f"## Formats\n\n{formats}")
+    for name, config in CONFIGS.items():
+        parts.append(f"## Preset `{name}`\n\n```yaml\n{config.to_yaml()}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def target() -> str:
+    rows = ["| ops | kernel | role | result | bias |", "|---|---|---|---|---|"]
+    for family, kernels in ort_target.KERNELS.items():
+        for k in kernels:
+            bias = k.bias if family.startswith(("conv", "linear")) else ""
+            rows.append(f"| {family} | {k.name} | {k.role} | {k.output if k.role != 'carry' else ''} | {bias} |")
+    reasons = "\n".join(f"| {f} | {why} |" for f, why in ort_target.FLOAT_REASONS.items())
+    head = (HERE / "target-onnxruntime.head.md").read_text().rstrip()
+    kernels = "\n".join(rows)
+    return f"{head}\n\n## Kernels\n\n{kernels}\n\n## What stays float, and why\n\n| ops | why |\n|---|---|\n{reasons}\n"
+
+
+PAGES = {"configuration.md": configuration, "target-onnxruntime.md": target}
+
+if __name__ == "__main__":
+    stale = [name for name, make in PAGES.items() if not (HERE / name).exists() or (HERE / name).read_text() != make()]
+    if "--check" in sys.argv:
+        sys.exit(f"not up to date: {', '.join(stale)}; run `make docs`" if stale else 0)
+    for name in stale:
+        (HERE / name).write_text(PAGES[name]())
+        print(f"wrote docs/{name}")

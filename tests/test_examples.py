@@ -1,0 +1,42 @@
+"""Every example runs, and every Python block of the quick start does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["cnn", "text_encoder", "fx_traced"])
+def test_example(name):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")], capture_output=True, text=True, cwd=ROOT / "examples"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "DIFFERENT" not in done.stdout and "DIVERGES" not in done.stdout
+
+
+def test_examples_fit_a_screen():
+    for file in (ROOT / "examples").glob("*.py"):
+        limit = 100 if file.name == "zoo.py" else 60
+        assert len(file.read_text().splitlines()) <= limit, file.name
+
+
+def test_the_quick_start_runs_as_printed(tmp_path):
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 2
+    script = tmp_path / "quickstart.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_generated_pages_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,8 @@ The simulation is the converted graph lowered to the exact integer arithmetic of
 
 Op by op: it is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
 sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it. End to end: the simulation
-and a default session run freely, and their outputs are compared.
+and a default session run freely, and their outputs are compared. Their difference is to be read beside the floor: how
+far the runtime is from itself when its optimizer is off, which computes the same file with other roundings.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Verification:
 
     tensors: list[TensorCheck] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)  # quantized in the graph, optimized away in the runtime
-    output_sqnr: float = float("inf")
+    output_sqnr: float = float("inf")  # dB, simulation against a default session
+    floor_sqnr: float = float("inf")  # dB, a session without optimizations against the default session
     same_as_default_session: bool = True
 
     @property
@@ -70,6 +72,7 @@ class Verification:
             "share_equal": self.share_equal,
             "largest_lsb": self.largest,
             "output_sqnr_db": self.output_sqnr,
+            "floor_sqnr_db": self.floor_sqnr,
             "first_diverging": first.name if first else None,
             "same_as_default_session": self.same_as_default_session,
         }
@@ -87,10 +90,10 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
             where=str(path),
             remedy="Export the graph again and verify that file.",
         )
-    taps, default = Taps(path, quantized), session(path)
+    taps, default, plain = Taps(path, quantized), session(path), session(path, optimize=False)
     checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names}
     result = Verification(list(checks.values()), [n for n in quantized if n not in checks])
-    simulated, real, seen = [], [], False
+    simulated, real, unoptimized, seen = [], [], [], False
     for number, (args, kwargs) in enumerate(batches_of(data)):
         seen = True
         check_batch(converted, args, kwargs, number)
@@ -104,13 +107,20 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
             np.array_equal(a, b, equal_nan=True) for a, b in zip(tapped_outputs, outputs, strict=True)
         )
         real.append([torch.from_numpy(o) for o in outputs])
+        unoptimized.append([torch.from_numpy(o) for o in plain.run(None, feed)])
     if not seen:
         raise CalibrationError("there is no data to verify with", remedy="Give an iterable of batches.")
-    result.output_sqnr = min(
-        sqnr(torch.cat([s[i].flatten() for s in simulated]), torch.cat([r[i].flatten() for r in real]))
-        for i in range(len(real[0]))
-    )
+    result.output_sqnr, result.floor_sqnr = _worst(real, simulated), _worst(real, unoptimized)
     return result
+
+
+def _worst(reference: list[list[Tensor]], other: list[list[Tensor]]) -> float:
+    """The lowest SQNR (dB) over the outputs, each taken over all batches."""
+    pairs = [
+        [torch.cat([batch[i].flatten() for batch in side]) for side in (reference, other)]
+        for i in range(len(reference[0]))
+    ]
+    return min(sqnr(a, b) for a, b in pairs)
 
 
 class _Forced(fx.Interpreter):

@@ -16,7 +16,7 @@ from graphq.observers.base import MASK_VALUE, finite_range, nothing_seen
 
 BINS = 4096
 SAMPLE = 1 << 13  # enough of a tensor, batch after batch, for a search of the least error; extremes are of all values
-FLUSH = 1 << 17  # values that wait to be counted together
+FLUSH = 1 << 15  # values that wait to be counted together
 SMALLEST = -126  # exponent of the smallest range: below it float32 is denormal
 
 

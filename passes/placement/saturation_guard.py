@@ -20,7 +20,7 @@ from graphq.graph.view import LayerView, parameter, set_parameter
 from .edges import quantizer_at, quantizer_calls
 
 PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
-STEPS = 9
+STEPS = 5
 
 
 def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:

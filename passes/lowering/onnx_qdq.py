@@ -4,6 +4,8 @@
     adaptive_avg_pool(x, 1)                    ⇒   global_average_pool(x)
     quantize, dequantize (block, format)       ⇒   quantize_linear, dequantize_linear (axis, dtype)
 
+A linear with float inputs and integer weights keeps its form.
+
 Every op keeps its name in `meta["custom"]`, so that the exported file can be compared with the graph op by op.
 """
 
@@ -33,7 +35,7 @@ def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
         node.meta["custom"] = {NAME: node.name}
     for node in list(gm.graph.nodes):
         family, args = family_of(node.target), _args(node)
-        if family == "linear" and args[1].target is DEQUANTIZE:
+        if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:
             _linear_to_matmul(gm, node)
         elif family == "adaptive_avg_pool" and set(args[1]) == {1}:
             node.target, node.args = GLOBAL_AVERAGE_POOL, (args[0],)

@@ -17,6 +17,7 @@ from graphq.config import QuantConfig, QuantSpec, Resolution, Scheme
 from graphq.errors import TargetError
 from graphq.graph.decision import KEY, Decision
 from graphq.graph.matcher import Match, RuleIndex
+from graphq.graph.optable import family_of
 from graphq.graph.view import LayerView, is_float, layers, value_of
 
 from ..patterns import PATTERNS, QuantPattern
@@ -224,7 +225,9 @@ def _write(group: Group, target: Target) -> None:
         decision.bias_form = kernel.bias
         _take_weight(decision, group, scheme)
     elif group.pattern.weight and scheme.weight is not None and scheme.input is None and group.resolution.scheme:
-        decision.action, decision.reason = "weight_only", "the scheme quantizes weights only"
+        note = target.weight_only_notes.get(family_of(group.head.target), "")
+        decision.action = "weight_only"
+        decision.reason = "; ".join(filter(None, ["the scheme quantizes weights only", note]))
         _take_weight(decision, group, scheme)
     for node in group.members:
         node.meta[KEY] = decision if node is group.head else _fused(node, decision, group)

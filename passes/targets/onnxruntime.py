@@ -90,6 +90,14 @@ FLOAT_REASONS = {
     "split": "Split runs on integers only with equal scales on all parts",
 }
 
+WEIGHT_ONLY_NOTES = {
+    "linear": "on inputs of rank 3 it runs as MatMulNBits, which rounds activations to 8 bits unless the session sets "
+    "session.qdq_matmulnbits_accuracy_level to 0",
+    "conv": "the weights are dequantized at every run: smaller, not faster",
+    "conv_transpose": "the weights are dequantized at every run: smaller, not faster",
+    "embedding": "the whole table is dequantized at every run: smaller, not faster",
+}
+
 
 @cache
 def saturates_here() -> bool:
@@ -123,6 +131,7 @@ def onnxruntime_target(cpu: str = "auto") -> Target:
         cpu=cpu,
         kernels=KERNELS,
         float_reasons=FLOAT_REASONS,
+        weight_only_notes=WEIGHT_ONLY_NOTES,
         activation_formats=frozenset({"uint8", "int8"}),
         weight_formats=frozenset({"int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8"}),
         saturates=cpu == "avx2",

@@ -40,6 +40,7 @@ class Target:
 
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
+    weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
@@ -48,6 +49,7 @@ class Target:
     cpu: str
     kernels: Mapping[str, Sequence[Kernel]]
     float_reasons: Mapping[str, str]
+    weight_only_notes: Mapping[str, str]
     activation_formats: frozenset[str]
     weight_formats: frozenset[str]
     saturates: bool

@@ -118,7 +118,17 @@ def test_weight_only_leaves_activations_alone():
     model = Lambda(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(8, 8), b=nn.Linear(8, 2))
     gm = graphq.quantize(model, "int8_weight_only", [(torch.randn(3, 8),)], progress=False)
     assert not any(n.target is QUANTIZE for n in gm.graph.nodes)
-    assert [r.action for r in graphq.explain(gm).rows] == ["weight_only", "float", "weight_only"]
+    rows = graphq.explain(gm).rows
+    assert [r.action for r in rows] == ["weight_only", "float", "weight_only"]
+    assert "MatMulNBits" in rows[0].reason
+
+
+def test_a_weight_only_file_computes_what_was_simulated(tmp_path):
+    model = Lambda(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Linear(8, 8), b=nn.Linear(8, 2))
+    x = torch.randn(3, 8)
+    gm = graphq.quantize(model, "int8_weight_only", [(x,)], progress=False)
+    path = graphq.export(gm, tmp_path / "model.onnx")
+    assert graphq.verify(gm, path, [(x,)]).output_sqnr > 80
 
 
 @pytest.mark.parametrize(

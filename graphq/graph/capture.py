@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +129,24 @@ def _inference_mode(model: nn.Module, *, restore: bool) -> Iterator[None]:
                 module.training = training
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch dumps the half-traced graph on stderr when tracing fails; the error says what is needed of it."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with _quiet():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as e:  # torch.export raises whatever the model's code raises: translate all of it
         what, remedy = _translate(e, shapes)
         raise CaptureError(what, where=_line_of_model(e), remedy=remedy) from e

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graphq.graph.pattern import Call, Capture, Either, Expr, Pattern, compile_pattern
+from graphq.graph.pattern import Call, Capture, Either, Pattern, compile_pattern
 from graphq.graph.view import LayerView, argument_names, arguments, parameter, set_parameter
 
 Binding = dict[str, Any]
@@ -132,9 +132,3 @@ class RuleIndex:
             binding = next(match_expr(pattern.expr, node, {}), None)
             if binding is not None:
                 yield rule, Match(gm, binding)
-
-
-def find(gm: fx.GraphModule, expr: Expr, node: fx.Node) -> Match | None:
-    """The first match of one expression at one node."""
-    binding = next(match_expr(expr, node, {}), None)
-    return Match(gm, binding) if binding and NODES in binding else None

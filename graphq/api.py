@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphq.calibration.runner import NO_DATA, batches_of, run_calibration
+from graphq.calibration.watch import watching
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError
 from graphq.export.onnx import export_onnx, metadata_of, name_nodes
@@ -17,7 +18,17 @@ from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
 from graphq.graph.view import parameter
 from graphq.passes.canonical import canonical_pipeline
-from graphq.passes.placement import annotate, fit_bias, guard_saturation, insert_quantizers, quantize_bias, to_qdq
+from graphq.passes.placement import (
+    annotate,
+    correct_bias,
+    fit_bias,
+    guard_saturation,
+    insert_quantizers,
+    mean_products,
+    mean_watchers,
+    quantize_bias,
+    to_qdq,
+)
 from graphq.passes.targets import Target, get_target
 from graphq.quantizer import TensorQuantizer, quantizers
 
@@ -94,10 +105,14 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
     if stage_of(prepared) != "calibrated":
         _expect(prepared, "prepared", "calibrate", "Call graphq.prepare first.")
     every = quantizers(prepared)
+    watchers = mean_watchers(prepared) if prepared.meta["graphq_config"].bias_correction else {}
     for q in every.values():
         q.observe()
     try:
-        run_calibration(prepared, data, progress=progress)
+        together = not any(q.spec.observer == "moving_average" for q in every.values())
+        with watching(prepared, watchers):
+            run_calibration(prepared, data, progress=progress, together=together)
+        wanted = mean_products(prepared, watchers) if watchers else {}
         _observe_constants(prepared)
         for q in every.values():
             q.freeze()
@@ -109,6 +124,8 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
     fit_bias(prepared)
     if prepared.meta["graphq_target"].saturates:
         guard_saturation(prepared)
+    if watchers:
+        correct_bias(prepared, watchers, wanted)
     prepared.meta[STAGE] = "calibrated"
     return prepared
 

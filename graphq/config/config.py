@@ -65,6 +65,9 @@ class QuantConfig(BaseModel):
     name: str = Field("custom", description="Shown in reports and written to the model's metadata.")
     rules: tuple[Rule, ...] = Field(description="In order; the last rule that matches a layer wins.")
     ignore: tuple[Selector, ...] = Field((), description="Selectors of layers that stay float whatever the rules say.")
+    bias_correction: bool = Field(
+        False, description="Take what rounded weights add to a layer's mean output off its bias (static schemes)."
+    )
 
     def __init__(self, **data: Any) -> None:
         try:

@@ -18,6 +18,7 @@ SCHEMES: dict[str, Scheme] = {
 CONFIGS: dict[str, QuantConfig] = {
     "int8": QuantConfig(
         name="int8",
+        bias_correction=True,
         rules=(
             Rule(select="*", scheme=SCHEMES["int8"]),
             Rule(

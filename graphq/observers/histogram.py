@@ -42,11 +42,11 @@ class Histogram:
             return
         if self.counts is None:
             self._start(1, torch.Size([1]), x.device)
-            self._step = max(1, kept.numel() // self.sample) | 1 if self.sample else 1
+            self._step = _coprime_step(kept.numel(), self.sample) if self.sample else 1
         self.lo.clamp_(max=lo)
         self.hi.clamp_(min=hi)
         self._grow(_exponent(lo, hi))
-        values = kept.reshape(-1)
+        values = _as_stored(kept).reshape(-1)
         sample = values[len(self._waiting) % self._step :: self._step]
         self._waiting.append(sample.to(torch.float32, copy=True))  # a copy: a view would keep the whole tensor alive
         if self._step > 1:
@@ -125,6 +125,19 @@ class Histogram:
     def shaped(self, per_block: Tensor) -> Tensor:
         """A value per row, in the shape of a scale."""
         return per_block.float().reshape(self.grid) if self.block else per_block.float().reshape(())
+
+
+def _as_stored(x: Tensor) -> Tensor:
+    """The tensor with its dimensions in the order of memory, so that flattening a channels-last tensor copies nothing."""
+    return x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+
+
+def _coprime_step(size: int, sample: int) -> int:
+    """About size / sample, and in step with no dimension of the tensor, so that the sample meets all channels."""
+    step = max(1, size // sample)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 def _exponent(lo: float, hi: float) -> int:

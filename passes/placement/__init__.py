@@ -1,9 +1,20 @@
 """Decide, then do: annotate, insert_quantizers, the saturation guard, quantize_bias, to_qdq."""
 
 from .annotate import annotate
+from .correct_bias import correct_bias, mean_products, mean_watchers
 from .insert_quantizers import insert_quantizers
 from .quantize_bias import fit_bias, quantize_bias
 from .saturation_guard import guard_saturation
 from .to_qdq import to_qdq
 
-__all__ = ["annotate", "fit_bias", "guard_saturation", "insert_quantizers", "quantize_bias", "to_qdq"]
+__all__ = [
+    "annotate",
+    "correct_bias",
+    "fit_bias",
+    "guard_saturation",
+    "insert_quantizers",
+    "mean_products",
+    "mean_watchers",
+    "quantize_bias",
+    "to_qdq",
+]

@@ -1,0 +1,30 @@
+"""Show tensors of a graph to modules that gather statistics, for the time of one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import fx, nn
+
+FOLDER = "_watchers"
+
+
+@contextmanager
+def watching(gm: fx.GraphModule, watchers: Mapping[fx.Node, nn.Module]) -> Iterator[None]:
+    """Within the block every run of the graph calls each watcher with the tensor of its node; after it the graph is
+    as it was."""
+    folder = nn.ModuleList(watchers.values())
+    gm.add_submodule(FOLDER, folder)
+    calls = []
+    for number, node in enumerate(watchers):
+        with gm.graph.inserting_after(node):
+            calls.append(gm.graph.call_module(f"{FOLDER}.{number}", (node,)))
+    gm.recompile()
+    try:
+        yield
+    finally:
+        for call in calls:
+            gm.graph.erase_node(call)
+        delattr(gm, FOLDER)
+        gm.recompile()

@@ -1,0 +1,27 @@
+"""Mean of every channel: what bias correction needs to know of a layer's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelMean(nn.Module):
+    """Running mean [channels] of the tensors that it is called with, summed in float64. axis: that of the channels."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def forward(self, x: Tensor) -> None:
+        others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
+        total = x.detach().sum(others, dtype=torch.float32).double()
+        self.total = total if self.total is None else self.total + total
+        self.count += x.numel() // x.shape[self.axis]
+
+    @property
+    def mean(self) -> Tensor | None:
+        """[channels], float64; None before anything was seen."""
+        return None if self.total is None else self.total / max(self.count, 1)

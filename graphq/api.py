@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphq.calibration.runner import NO_DATA, batches_of, run_calibration
+from graphq.calibration.batches import NO_DATA, batches_of
+from graphq.calibration.runner import run_calibration
 from graphq.calibration.watch import watching
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError
@@ -102,8 +103,7 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
 
     data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
     """
-    if stage_of(prepared) != "calibrated":
-        _expect(prepared, "prepared", "calibrate", "Call graphq.prepare first.")
+    _expect(prepared, "prepared", "calibrate", "Call graphq.prepare first; calibration changes weights and biases.")
     every = quantizers(prepared)
     watchers = mean_watchers(prepared) if prepared.meta["graphq_config"].bias_correction else {}
     for q in every.values():

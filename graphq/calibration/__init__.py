@@ -1,5 +1,6 @@
 """Observers see data."""
 
-from graphq.calibration.runner import batches_of, run_calibration
+from graphq.calibration.batches import batches_of
+from graphq.calibration.runner import run_calibration
 
 __all__ = ["batches_of", "run_calibration"]

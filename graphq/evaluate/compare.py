@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.calibration.runner import batches_of, check_batch
+from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError
 from graphq.evaluate.verify import flat_inputs, flat_outputs
 from graphq.graph.capture import capture, example_of

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphq.calibration.runner import batches_of, check_batch
+from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError, RuntimeMismatch
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphq.errors import CaptureError
+from graphq.graph.functionalize import functionalize, mutates
 
 
 @dataclass
@@ -57,10 +58,11 @@ def capture(
         args, kwargs, shapes = _resolve_dynamic(model, args, kwargs, dynamic_shapes)
         with _inference_mode(model, restore=not inplace):
             program = _export(model, args, kwargs, shapes)
-    if any(_mutates(n) for n in program.graph.nodes):
-        program = program.run_decompositions({})
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
+    if any(mutates(n) for n in gm.graph.nodes) and not functionalize(gm):
+        gm = program.run_decompositions({}).module(check_guards=False)
+        assert isinstance(gm, fx.GraphModule)
     gm.meta["graphq_example"] = _example_of(program, gm)
     return gm
 
@@ -183,11 +185,6 @@ def _line_of_model(error: Exception) -> str | None:
     if not frames:
         return None
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and "batch_norm" not in schema.name
 
 
 def _example_of(program: ExportedProgram, gm: fx.GraphModule) -> Example:

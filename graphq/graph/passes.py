@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from graphq.graph.invariants import check_graph
@@ -49,6 +50,7 @@ class RewritePass:
         self.name = name or "+".join(r.__name__ for r in rules)
         self._index = RuleIndex(rules)
 
+    @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult(self.name)
         work = deque(gm.graph.nodes)

@@ -32,7 +32,10 @@ class Histogram:
         self.hi: Tensor
         self.grid: torch.Size  # blocks along each dimension
         self._step = 0  # one value of so many is counted; fixed by the first tensor, so that all weigh the same
-        self._waiting: list[Tensor] = []
+        self._seen = 0
+        self._buffer: Tensor  # values that wait to be counted: one block of memory for all of the calibration
+        self._waiting = 0
+        self._extremes: list[float] = []  # a sample may miss them
 
     def add(self, x: Tensor) -> None:
         """Take in the values of one more tensor."""
@@ -43,26 +46,38 @@ class Histogram:
         if self.counts is None:
             self._start(1, torch.Size([1]), x.device)
             self._step = _coprime_step(kept.numel(), self.sample) if self.sample else 1
-        self.lo.clamp_(max=lo)
-        self.hi.clamp_(min=hi)
+            self._buffer = torch.empty(FLUSH, device=x.device)
         self._grow(_exponent(lo, hi))
-        values = _as_stored(kept).reshape(-1)
-        sample = values[len(self._waiting) % self._step :: self._step]
-        self._waiting.append(sample.to(torch.float32, copy=True))  # a copy: a view would keep the whole tensor alive
-        if self._step > 1:
-            self._waiting.append(torch.tensor([lo, hi], device=x.device))
-        if sum(w.numel() for w in self._waiting) > FLUSH:
+        sample = _as_stored(kept).reshape(-1)[self._seen % self._step :: self._step]
+        self._seen += 1
+        assert self.counts is not None
+        self._extremes += [lo, hi]
+        if self._waiting + len(sample) > FLUSH:
             self._flush()
+        if len(sample) > FLUSH:
+            self.counts[0] += self._count(sample)
+        else:
+            self._buffer[self._waiting : self._waiting + len(sample)] = sample
+            self._waiting += len(sample)
+
+    def _count(self, values: Tensor) -> Tensor:
+        limit = 2.0**self.exponent
+        return torch.histc(values.float(), BINS, -limit, limit)
 
     def _start(self, rows: int, grid: torch.Size, device: torch.device) -> None:
         self.counts = torch.zeros(rows, BINS, dtype=torch.float64, device=device)
         self.lo, self.hi, self.grid = torch.zeros(rows, device=device), torch.zeros(rows, device=device), grid
 
     def _flush(self) -> None:
-        if self._waiting and self.counts is not None:
-            limit = 2.0**self.exponent
-            self.counts[0] += torch.histc(torch.cat(self._waiting), BINS, -limit, limit)
-            self._waiting = []
+        """Count what waits."""
+        if not self._extremes or self.counts is None:
+            return
+        self.counts[0] += self._count(self._buffer[: self._waiting])
+        self.lo.clamp_(max=min(self._extremes))
+        self.hi.clamp_(min=max(self._extremes))
+        if self._step > 1:
+            self.counts[0] += self._count(torch.tensor(self._extremes, device=self.lo.device))
+        self._waiting, self._extremes = 0, []
 
     def _add_blocks(self, x: Tensor) -> None:
         parts = blocks_of(x.float(), self.block)
@@ -128,7 +143,7 @@ class Histogram:
 
 
 def _as_stored(x: Tensor) -> Tensor:
-    """The tensor with its dimensions in the order of memory, so that flattening a channels-last tensor copies nothing."""
+    """Its dimensions in the order of memory, so that flattening a channels-last tensor copies nothing."""
     return x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
 
 

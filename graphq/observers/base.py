@@ -45,7 +45,7 @@ def finite_range(x: Tensor) -> tuple[Tensor, float, float]:
     """(x without mask values, its minimum, its maximum). Raises CalibrationError for NaN and +inf."""
     if x.numel() == 0:
         return x, 0.0, 0.0
-    lo, hi = (v.item() for v in torch.aminmax(x))
+    lo, hi = (v.item() for v in torch.aminmax(as_stored(x)))
     if lo != lo:
         raise CalibrationError(f"{int(x.isnan().sum())} of {x.numel()} values are NaN")
     if lo <= MASK_VALUE:
@@ -54,6 +54,11 @@ def finite_range(x: Tensor) -> tuple[Tensor, float, float]:
     if hi == float("inf"):
         raise CalibrationError("a value is +inf")
     return x, lo, hi
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """Its dimensions in the order of memory, so that flattening or reducing a channels-last tensor copies nothing."""
+    return x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
 
 
 def nothing_seen() -> CalibrationError:

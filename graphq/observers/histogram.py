@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphq.numerics.affine import blocks_of
-from graphq.observers.base import MASK_VALUE, finite_range, nothing_seen
+from graphq.observers.base import MASK_VALUE, as_stored, finite_range, nothing_seen
 
 BINS = 4096
 SAMPLE = 1 << 13  # enough of a tensor, batch after batch, for a search of the least error; extremes are of all values
@@ -48,7 +48,7 @@ class Histogram:
             self._step = _coprime_step(kept.numel(), self.sample) if self.sample else 1
             self._buffer = torch.empty(FLUSH, device=x.device)
         self._grow(_exponent(lo, hi))
-        sample = _as_stored(kept).reshape(-1)[self._seen % self._step :: self._step]
+        sample = as_stored(kept).reshape(-1)[self._seen % self._step :: self._step]
         self._seen += 1
         assert self.counts is not None
         self._extremes += [lo, hi]
@@ -140,11 +140,6 @@ class Histogram:
     def shaped(self, per_block: Tensor) -> Tensor:
         """A value per row, in the shape of a scale."""
         return per_block.float().reshape(self.grid) if self.block else per_block.float().reshape(())
-
-
-def _as_stored(x: Tensor) -> Tensor:
-    """Its dimensions in the order of memory, so that flattening a channels-last tensor copies nothing."""
-    return x if x.is_contiguous() else x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
 
 
 def _coprime_step(size: int, sample: int) -> int:

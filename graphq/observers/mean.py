@@ -18,7 +18,7 @@ class ChannelMean(nn.Module):
     def forward(self, x: Tensor) -> None:
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
         total = x.detach().sum(others, dtype=torch.float32).double()
-        self.total = total if self.total is None else self.total + total
+        self.total = total if self.total is None else self.total.add_(total)
         self.count += x.numel() // x.shape[self.axis]
 
     @property

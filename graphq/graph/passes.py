@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from graphq.errors import PassError
 from graphq.graph.invariants import check_graph
 from graphq.graph.matcher import Match, RuleIndex
 from graphq.graph.pattern import Expr
@@ -23,6 +24,7 @@ class PassResult:
     name: str
     changed: int = 0
     declined: list[tuple[str, str, str]] = field(default_factory=list)  # (rule, where, reason)
+    by_rule: Counter[str] = field(default_factory=Counter)
 
 
 class Rewrite:
@@ -44,41 +46,102 @@ Pass = Callable[[fx.GraphModule], PassResult]
 
 
 class RewritePass:
-    """Applies rewrites wherever they fit: every node once, and again the nodes next to each replacement."""
+    """Applies rewrites wherever they fit: every node once, and again the nodes next to each replacement.
+
+    Nodes are visited in the order of the graph; of several rules at one node the first that fits and does not decline
+    is applied, and what it matched is gone for the others.
+    """
 
     def __init__(self, *rules: type[Rewrite], name: str | None = None) -> None:
         self.name = name or "+".join(r.__name__ for r in rules)
+        self.rules = rules
         self._index = RuleIndex(rules)
 
     @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult(self.name)
         work = deque(gm.graph.nodes)
+        limit = 100 * len(work) + 1000
         erased: set[fx.Node] = set()
         while work:
             node = work.popleft()
             if node in erased:
                 continue
-            for rule, match in self._index.at(gm, node):
-                reason = rule.check(match)
-                if reason is not None:
-                    result.declined.append((rule.__name__, match.root.where(), reason))
-                    continue
-                replacement = rule.rewrite(match)
-                replacement = getattr(replacement, "node", replacement)
-                node.replace_all_uses_with(replacement)
+            applied = self._apply(gm, node, result)
+            if applied is not None:
+                match, replacements = applied
+                if result.changed > limit:
+                    rules = " and ".join(rule for rule, _ in result.by_rule.most_common(2))
+                    raise PassError(
+                        f"the pass {self.name} does not come to an end",
+                        where=match.root.where(),
+                        remedy=f"What {rules} build must not be what they look for.",
+                    )
                 erased |= _erase_dead(gm.graph, match.nodes)
-                work.extend([*match.created, replacement, *replacement.users])
-                result.changed += 1
-                break
+                work.extend([*match.created, *replacements, *(u for r in replacements for u in r.users)])
         return result
+
+    def _apply(self, gm: fx.GraphModule, node: fx.Node, result: PassResult) -> tuple[Match, list[fx.Node]] | None:
+        """The match that was rewritten at this node, and what stands there now."""
+        for rule, matches in self._index.at(gm, node):
+            declined = None
+            for match in matches:
+                late = readers_between(match)
+                reason = late if isinstance(late, str) else rule.check(match)
+                if reason is not None:
+                    declined = declined or (rule.__name__, match.root.where(), reason)
+                    continue
+                replacements = _replace(match, rule.rewrite(match))
+                for reader in [] if isinstance(late, str) else reversed(late):
+                    match.front.append(reader)
+                result.changed += 1
+                result.by_rule[rule.__name__] += 1
+                return match, replacements
+            if declined:
+                result.declined.append(declined)
+        return None
+
+
+def readers_between(match: Match) -> list[fx.Node] | str:
+    """Of a match with several results: the nodes that read one before the last is computed, and so must move behind
+    it. A reason where one of them is an input of the match: then the results cannot be computed together."""
+    if len(match.roots) == 1:
+        return []
+    roots = sorted(r.node for r in match.roots)
+    match.front = roots[-1]
+    late: dict[fx.Node, None] = {}
+    matched = {*match.nodes}
+    node = roots[0].next
+    while node is not roots[-1]:
+        if any(i in late or i in roots for i in node.all_input_nodes):
+            late[node] = None
+        node = node.next
+    for reader in late:
+        if reader in matched or any(u in matched for u in reader.users):
+            return f"{reader.name} is needed for one result of the pattern and depends on another result"
+    return list(late)
+
+
+def _replace(match: Match, built: Any) -> list[fx.Node]:
+    """Put what `rewrite` returned in the place of the pattern's results."""
+    built = list(built) if isinstance(built, (tuple, list)) else [built]
+    if len(built) != len(match.roots) or any(b is None for b in built):
+        raise PassError(
+            f"rewrite returned {len(built)} values for a pattern with {len(match.roots)} results",
+            where=match.root.where(),
+            remedy="Return the node of every result, in the order of the pattern.",
+        )
+    nodes = [getattr(b, "node", b) for b in built]
+    for root, node in zip(match.roots, nodes, strict=True):
+        root.node.replace_all_uses_with(node, delete_user_cb=lambda user: user not in match.created)
+    return nodes
 
 
 def _erase_dead(graph: fx.Graph, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Erase the matched ops that nothing uses any more; `nodes` has users before producers."""
+    """Erase the matched ops that nothing uses any more."""
     gone: set[fx.Node] = set()
-    for node in nodes:
-        if node not in gone and not node.users:
+    for node in sorted(set(nodes), reverse=True):  # users before producers
+        if not node.users:
             graph.erase_node(node)
             gone.add(node)
     return gone

@@ -44,21 +44,19 @@ def module_stack(node: fx.Node) -> list[tuple[str, str]]:
     return stack
 
 
+@cache
+def schema_of(target: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(names of an op's arguments in order, those with defaults by name)."""
+    if not isinstance(target, OpOverload):  # operator.getitem
+        return ("input", "index"), {}
+    schema = target._schema.arguments
+    return tuple(a.name for a in schema), {a.name: a.default_value for a in schema if a.has_default_value()}
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by the names of its schema, defaults filled in."""
-    if not isinstance(node.target, OpOverload):  # operator.getitem
-        return dict(zip(("input", "index"), node.args, strict=False))
-    schema = node.target._schema.arguments
-    values = {a.name: a.default_value for a in schema if a.has_default_value()}
-    values |= dict(zip((a.name for a in schema), node.args, strict=False))
-    return values | dict(node.kwargs)
-
-
-def argument_names(node: fx.Node) -> list[str]:
-    """The names of an op's arguments in order."""
-    if not isinstance(node.target, OpOverload):
-        return ["input", "index"]
-    return [a.name for a in node.target._schema.arguments]
+    names, defaults = schema_of(node.target)
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def value_of(node: fx.Node) -> Any:

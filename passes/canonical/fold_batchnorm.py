@@ -192,7 +192,7 @@ class FoldBatchNormAfterCat(Rewrite):
             for name in ("gamma", "beta", "mean", "var"):
                 value = m.tensor(name)
                 part = None if value is None else value[start : start + channels].clone()
-                source = m._bound[name]
+                source = m.node(name)
                 params.append(None if part is None else m.param(f"{source.target}_part", part))
             piece = m.call(aten.batch_norm.default, tensor, *params, *rest)
             piece.meta["val"] = tensor.meta["val"]

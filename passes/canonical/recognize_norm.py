@@ -1,6 +1,7 @@
 """Recognize layer norm and RMS norm in graphs where they were traced as their formulas."""
 
 import torch
+from torch import fx
 
 from graphq.graph.matcher import Match
 from graphq.graph.passes import Rewrite
@@ -13,7 +14,7 @@ def _over_last(m: Match) -> str | None:
     if [d % rank for d in m.dims] != [rank - 1]:
         return "the mean is not over the last dimension"
     for name in ("gamma", "beta"):
-        if name in m._bound and (not hasattr(m._bound[name], "op") or len(getattr(m, name).shape) != 1):
+        if name in m.pattern.captures and (not isinstance(m.node(name), fx.Node) or len(getattr(m, name).shape) != 1):
             return f"{name} is not a vector"
     return None if isinstance(m.eps, float) and m.keepdim is True else "epsilon is computed"
 

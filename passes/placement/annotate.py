@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -74,7 +75,7 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
         if node in claimed or not _floats(node):
             continue
         refusals = []
-        for pattern, match in index.at(gm, node):
+        for pattern, match in ((p, m) for p, found in index.at(gm, node) for m in itertools.islice(found, 1)):
             if any(n in claimed for n in match.nodes):
                 continue
             refusal = pattern.check(match)
@@ -102,11 +103,11 @@ def _floats(node: fx.Node) -> bool:
 
 
 def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig, target: Target) -> Group:
-    head = match._bound[pattern.head]
+    head = match.node(pattern.head)
     resolution = config.resolve(LayerView(gm, head))
     activations: list[fx.Node] = []
     for name in pattern.activations:
-        bound = match._bound[name]
+        bound = match.node(name)
         activations += bound if isinstance(bound, (list, tuple)) else [bound]
     kernel, reason = target.kernel_for(pattern.family, match)
     if kernel is not None:
@@ -235,9 +236,9 @@ def _write(group: Group, target: Target) -> None:
 
 def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:
     if group.pattern.weight:
-        decision.weight, decision.weight_spec = group.match._bound[group.pattern.weight], scheme.weight
+        decision.weight, decision.weight_spec = group.match.node(group.pattern.weight), scheme.weight
     if group.pattern.bias:
-        decision.bias = group.match._bound[group.pattern.bias]
+        decision.bias = group.match.node(group.pattern.bias)
 
 
 def _fused(node: fx.Node, decision: Decision, group: Group) -> Decision:

@@ -67,8 +67,11 @@ class Taps:
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.names if n not in outputs)
         with tempfile.TemporaryDirectory() as folder:
             tapped = Path(folder) / "tapped.onnx"
-            onnx.save(model, tapped, save_as_external_data=model.ByteSize() > 2**30)
+            large = model.ByteSize() > 2**30
+            onnx.save(model, tapped, save_as_external_data=large)
+            self.model = onnx.load(tapped) if large else model  # external data is taken out of what is saved
             self._session = session(tapped, optimize=False)
+        self.dtypes = {o.name: np.dtype(o.type[7:-1]) for o in self._session.get_outputs() if o.name in self.kernels}
 
     def run(self, feed: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """(inner tensors by name, outputs of the model)."""

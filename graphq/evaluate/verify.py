@@ -4,8 +4,10 @@ The simulation is the converted graph lowered to the exact integer arithmetic of
 
 Op by op: it is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
 sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it. End to end: the simulation
-and a default session run freely, and their outputs are compared. Their difference is to be read beside the floor: how
-far the runtime is from itself when its optimizer is off, which computes the same file with other roundings.
+and a default session run freely, and their outputs are compared, once with the float ops between the integer kernels
+left to the runtime (then every difference is a kernel that is simulated wrongly), and once with them in torch. The
+latter is to be read beside the floor: how far the runtime is from itself when its optimizer is off, which computes the
+same file with other roundings.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from torch.utils import _pytree as pytree
 
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError, RuntimeMismatch
+from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of
+from graphq.graph.integer_ops import name_in_file
 from graphq.graph.ops import QUANTIZE
 from graphq.numerics.affine import sqnr
 
@@ -48,7 +52,8 @@ class Verification:
 
     tensors: list[TensorCheck] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)  # quantized in the graph, optimized away in the runtime
-    output_sqnr: float = float("inf")  # dB, simulation against a default session
+    output_sqnr: float = float("inf")  # dB, simulated kernels and the runtime's float ops against a default session
+    torch_sqnr: float = float("inf")  # dB, the same with the float ops in torch
     floor_sqnr: float = float("inf")  # dB, a session without optimizations against the default session
     same_as_default_session: bool = True
 
@@ -72,6 +77,7 @@ class Verification:
             "share_equal": self.share_equal,
             "largest_lsb": self.largest,
             "output_sqnr_db": self.output_sqnr,
+            "torch_sqnr_db": self.torch_sqnr,
             "floor_sqnr_db": self.floor_sqnr,
             "first_diverging": first.name if first else None,
             "same_as_default_session": self.same_as_default_session,
@@ -93,15 +99,18 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     taps, default, plain = Taps(path, quantized), session(path), session(path, optimize=False)
     checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names}
     result = Verification(list(checks.values()), [n for n in quantized if n not in checks])
-    simulated, real, unoptimized, seen = [], [], [], False
+    kernels = SimulatedKernels(simulation, taps)
+    simulated, in_torch, real, unoptimized, seen = [], [], [], [], False
     for number, (args, kwargs) in enumerate(batches_of(data)):
         seen = True
         check_batch(converted, args, kwargs, number)
         feed = feed_of(converted, args, kwargs)
         codes, tapped_outputs = taps.run(feed)
         with torch.no_grad():
-            _Forced(simulation, codes, checks).run(*flat_inputs(converted, args, kwargs))
-            simulated.append(flat_outputs(simulation(*args, **kwargs)))
+            inputs = flat_inputs(converted, args, kwargs)
+            _Forced(simulation, codes, checks).run(*inputs)
+            simulated.append(kernels.outputs(feed, inputs))
+            in_torch.append(flat_outputs(simulation(*args, **kwargs)))
         outputs = default.run(None, feed)
         result.same_as_default_session &= all(
             np.array_equal(a, b, equal_nan=True) for a, b in zip(tapped_outputs, outputs, strict=True)
@@ -110,7 +119,8 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
         unoptimized.append([torch.from_numpy(o) for o in plain.run(None, feed)])
     if not seen:
         raise CalibrationError("there is no data to verify with", remedy="Give an iterable of batches.")
-    result.output_sqnr, result.floor_sqnr = _worst(real, simulated), _worst(real, unoptimized)
+    result.output_sqnr, result.torch_sqnr = _worst(real, simulated), _worst(real, in_torch)
+    result.floor_sqnr = _worst(real, unoptimized)
     return result
 
 
@@ -132,7 +142,7 @@ class _Forced(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        name = n.meta.get("graphq_replaces", n.name)
+        name = name_in_file(n)
         if name not in self.codes:
             return value
         given = torch.from_numpy(self.codes[name])

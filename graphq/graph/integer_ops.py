@@ -1,4 +1,4 @@
-"""Integer kernels, bit for bit: graphq::qconv, qgemm, qadd, qaverage_pool.
+"""Integer kernels, bit for bit: graphq::qconv, qgemm, qmatmul, qadd, qaverage_pool.
 
 Products are summed as int32 (in float32 where no partial sum can pass 2^24, else in float64: exact). The sum becomes
 float32, is multiplied by one float32 multiplier per output channel, rounded half to even, moved by the zero point and
@@ -11,9 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphq.graph.ops import parse_format
+
+REPLACES = "graphq_replaces"  # in a node's meta: the name of the converted graph's node whose value it computes
+
+
+def name_in_file(node: fx.Node) -> str:
+    """The name that the exported file gives to what a node of the integer graph computes."""
+    name: str = node.meta.get(REPLACES, node.name)
+    return name
 
 
 def requantize(total: Tensor, multiplier: Tensor, zero_point: Tensor, format: str) -> Tensor:
@@ -78,7 +86,8 @@ def qgemm(
     y_zero: Tensor | None,
     format: str,
 ) -> Tensor:
-    """QGemm: x [n, in] codes, w [out, in] codes, bias [out] int32 → codes, or float32 without y_scale."""
+    """QGemm, MatMulIntegerToFloat: x […, in] codes, w [out, in] codes, bias [out] int32 → codes, or float32 without
+    y_scale."""
     dtype = exact_dtype(w)
     total = torch.nn.functional.linear((x.to(torch.int32) - x_zero).to(dtype), w.to(dtype))
     if bias is not None:
@@ -87,6 +96,13 @@ def qgemm(
     if y_scale is None or y_zero is None:
         return total.float() * scale
     return requantize(total, scale / y_scale, y_zero, format)
+
+
+@torch.library.custom_op("graphq::qmatmul", mutates_args=())
+def qmatmul(x: Tensor, x_scale: Tensor, x_zero: Tensor, y: Tensor, y_scale: Tensor, y_zero: Tensor) -> Tensor:
+    """MatMulIntegerToFloat of two activations: x […, n, k] codes, y […, k, m] codes → float32."""
+    total = (x.to(torch.int32) - x_zero).double() @ (y.to(torch.int32) - y_zero).double()
+    return total.float() * (x_scale * y_scale)
 
 
 def _fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -125,5 +141,6 @@ def qaverage_pool(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y
 
 QCONV = torch.ops.graphq.qconv.default
 QGEMM = torch.ops.graphq.qgemm.default
+QMATMUL = torch.ops.graphq.qmatmul.default
 QADD = torch.ops.graphq.qadd.default
 QAVERAGE_POOL = torch.ops.graphq.qaverage_pool.default

@@ -65,6 +65,6 @@ def verification_line(v: Verification) -> str:
     head = "verified" if first is None else f"DIVERGES first at {first.name} ({first.kernel}, {first.largest} LSB)"
     return (
         f"{head}: {v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at "
-        f"most {v.largest} LSB; output end to end {db(v.output_sqnr)} (the runtime against itself without its "
-        f"optimizer: {db(v.floor_sqnr)})"
+        f"most {v.largest} LSB; output end to end {db(v.output_sqnr)} (with the float ops in torch "
+        f"{db(v.torch_sqnr)}; the runtime against itself without its optimizer {db(v.floor_sqnr)})"
     )

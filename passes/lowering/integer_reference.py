@@ -1,7 +1,8 @@
 """Lower a converted graph to exact integer arithmetic: what the runtime's kernels compute, bit for bit.
 
     dequantize ── conv (── relu | clip) ── quantize     ⇒   qconv
-    dequantize ── linear (── quantize)                  ⇒   qgemm
+    dequantize ── linear (── quantize)                  ⇒   qgemm (── add of a float bias)
+    dequantize ── matmul                                ⇒   qmatmul
     dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
     dequantize ── global average pool ── quantize       ⇒   qaverage_pool
 
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.fork import fork
-from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM
+from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView
+
+from .onnx_qdq import product_name
 
 
 def lower_to_integer_reference(converted: fx.GraphModule) -> fx.GraphModule:
@@ -32,7 +36,7 @@ def lower_to_integer_reference(converted: fx.GraphModule) -> fx.GraphModule:
         build = BUILDERS.get(decision.kernel)
         root = decision.members[0]
         quantize = next((u for u in root.users if u.target is QUANTIZE), None)
-        if build is not None and (quantize is not None or decision.kernel == "QGemm"):
+        if build is not None and (quantize is not None or decision.kernel in FLOAT_RESULT):
             build(gm, node, decision, quantize)
     finish(gm)
     return gm
@@ -48,7 +52,7 @@ def _swap(gm: fx.GraphModule, old: fx.Node, target: Any, args: tuple[Any, ...]) 
     with gm.graph.inserting_before(old):
         new = gm.graph.call_function(target, args)
     new.meta = dict(old.meta)
-    new.meta["graphq_replaces"] = old.name
+    new.meta[REPLACES] = old.name
     old.replace_all_uses_with(new)
     gm.graph.erase_node(old)
 
@@ -81,6 +85,24 @@ def _gemm(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.No
         _swap(gm, quantize, QGEMM, (*operands, y_scale, y_zero, form))
 
 
+def _matmul(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node | None) -> None:
+    """MatMulIntegerToFloat; a bias is added behind it in float."""
+    view = LayerView(gm, node)
+    if view.family != "linear":
+        _swap(gm, node, QMATMUL, (*_codes(node.args[0]), *_codes(node.args[1])))
+        return
+    w, w_scale, _ = _codes(view.arg("weight"))
+    operands = (*_codes(view.arg("input")), w, w_scale, None, None, None, "uint8")
+    bias = view.arg("bias")
+    if bias is None:
+        _swap(gm, node, QGEMM, operands)
+        return
+    with gm.graph.inserting_before(node):
+        product = gm.graph.call_function(QGEMM, operands)
+    product.meta = {**node.meta, REPLACES: product_name(node.name)}
+    _swap(gm, node, torch.ops.aten.add.Tensor, (product, bias))
+
+
 def _add(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
     _, y_scale, y_zero, _, form = quantize.args
     _swap(gm, quantize, QADD, (*_codes(node.args[0]), *_codes(node.args[1]), y_scale, y_zero, form))
@@ -91,9 +113,12 @@ def _average_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantiz
     _swap(gm, quantize, QAVERAGE_POOL, (*_codes(node.args[0]), y_scale, y_zero, form))
 
 
+FLOAT_RESULT = ("QGemm", "MatMulIntegerToFloat")  # kernels that can do without a Q behind them
+
 BUILDERS: dict[str, Any] = {
     "QLinearConv": _conv,
     "QGemm": _gemm,
+    "MatMulIntegerToFloat": _matmul,
     "QLinearAdd": _add,
     "QLinearGlobalAveragePool": _average_pool,
 }

@@ -47,6 +47,11 @@ def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def product_name(linear: str) -> str:
+    """The name of a linear's matrix product, before its bias is added."""
+    return f"{linear}_matmul"
+
+
 def _args(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.args)
 
@@ -63,7 +68,7 @@ def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
             result = graph.call_function(aten.addmm.default, (bias, x, matrix))
         else:
             product = graph.call_function(aten.matmul.default, (x, matrix))
-            product.meta = {**node.meta, "custom": {NAME: f"{node.name}_matmul"}}
+            product.meta = {**node.meta, "custom": {NAME: product_name(node.name)}}
             result = graph.call_function(aten.add.Tensor, (product, bias))
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)

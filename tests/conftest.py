@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import graphq
 import zoo
+from graphq.graph.invariants import checking
 
 torch.set_num_threads(2)
 
@@ -19,6 +20,13 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checked():
+    """Every pass of every test is checked: invariants before and after it, and what it promises."""
+    with checking():
+        yield
 
 
 class Case:

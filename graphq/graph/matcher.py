@@ -318,6 +318,7 @@ class Match:
     def __init__(self, gm: fx.GraphModule, pattern: Pattern, binding: Binding) -> None:
         self.gm, self.pattern = gm, pattern
         self.created: list[fx.Node] = []
+        self.origins: dict[fx.Node, fx.Node] = {}  # what was built → the op whose metadata it has
         self.nodes: list[fx.Node] = []  # matched ops, users before producers
         self._bound: dict[str, Any] = dict.fromkeys(pattern.captures)
         self._bound |= {k: v for k, v in binding.items() if isinstance(k, str)}
@@ -359,9 +360,15 @@ class Match:
         plain = fx.node.map_aggregate((args, kwargs), lambda a: a.node if isinstance(a, LayerView) else a)
         with self.gm.graph.inserting_before(self.front):
             node = self.gm.graph.call_function(target, *plain)  # type: ignore[misc]
-        node.meta = dict((like or self.root).node.meta)
+        origin = (like or self.root).node
+        node.meta = dict(origin.meta)
         self.created.append(node)
+        self.origins[node] = origin
         return node
+
+    def valued(self, node: fx.Node) -> bool:
+        """Has `rewrite` given this node an example value of its own?"""
+        return node.meta.get("val") is not self.origins[node].meta.get("val")
 
     def param(self, name: str, tensor: Tensor) -> fx.Node:
         """A new parameter of the graph, read in front of the root."""

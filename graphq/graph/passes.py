@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from graphq.errors import PassError
-from graphq.graph.invariants import check_graph
+from graphq.errors import PassError, did_you_mean
+from graphq.graph.capture import example_of
+from graphq.graph.equivalence import Equivalence, broken, weakest
+from graphq.graph.infer import infer
+from graphq.graph.invariants import Invariant, check_all, check_graph, is_checking
 from graphq.graph.matcher import Match, RuleIndex
-from graphq.graph.pattern import Expr
+from graphq.graph.pattern import Expr, Pattern
 from graphq.graph.view import drop_unused_parameters
 
 
@@ -28,9 +32,13 @@ class PassResult:
 
 
 class Rewrite:
-    """A rule that replaces what its pattern finds. Write the three functions; `check` returns why not, or None."""
+    """A rule that replaces what its pattern finds. Write the three functions; `check` returns why not, or None.
 
-    pattern: ClassVar[Callable[..., Expr]]
+    equivalence: what the rule promises about the result; `graphq.testing.prove` looks for a graph that breaks it.
+    """
+
+    pattern: ClassVar[Callable[..., Expr] | Pattern]
+    equivalence: ClassVar[Equivalence] = "ulp"
 
     @staticmethod
     def check(m: Match) -> str | None:
@@ -42,19 +50,53 @@ class Rewrite:
         raise NotImplementedError
 
 
-Pass = Callable[[fx.GraphModule], PassResult]
+class Pass(Protocol):
+    """A step of a pipeline. requires, ensures: invariants before and after it, checked inside `checking()`."""
+
+    name: str
+    requires: tuple[Invariant, ...]
+    ensures: tuple[Invariant, ...]
+    equivalence: Equivalence
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult: ...
+
+
+class FunctionPass:
+    """A function that changes a graph and says in how many places, as a pass."""
+
+    def __init__(
+        self,
+        function: Callable[[fx.GraphModule], int],
+        *,
+        requires: tuple[Invariant, ...] = (),
+        ensures: tuple[Invariant, ...] = (),
+        equivalence: Equivalence = "exact",
+    ) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+        self.requires, self.ensures, self.equivalence = requires, ensures, equivalence
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        return PassResult(self.name, self.function(gm))
 
 
 class RewritePass:
-    """Applies rewrites wherever they fit: every node once, and again the nodes next to each replacement.
+    """Applies rewrites wherever they fit, in one walk over the graph.
 
     Nodes are visited in the order of the graph; of several rules at one node the first that fits and does not decline
-    is applied, and what it matched is gone for the others.
+    is applied, and what it matched is gone for the others. fixpoint: visit what a rewrite made, and its readers, again.
     """
 
-    def __init__(self, *rules: type[Rewrite], name: str | None = None) -> None:
+    def __init__(
+        self,
+        *rules: type[Rewrite],
+        name: str | None = None,
+        fixpoint: bool = False,
+        requires: tuple[Invariant, ...] = (),
+        ensures: tuple[Invariant, ...] = (),
+    ) -> None:
         self.name = name or "+".join(r.__name__ for r in rules)
-        self.rules = rules
+        self.rules, self.fixpoint, self.requires, self.ensures = rules, fixpoint, requires, ensures
+        self.equivalence = weakest(r.equivalence for r in rules)
         self._index = RuleIndex(rules)
 
     @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
@@ -77,8 +119,11 @@ class RewritePass:
                         where=match.root.where(),
                         remedy=f"What {rules} build must not be what they look for.",
                     )
-                erased |= _erase_dead(gm.graph, match.nodes)
-                work.extend([*match.created, *replacements, *(u for r in replacements for u in r.users)])
+                gone = _erase_dead(gm.graph, match.nodes)
+                erased |= gone
+                _keep_names(match, gone)
+                if self.fixpoint:
+                    work.extend([*match.created, *replacements, *(u for r in replacements for u in r.users)])
         return result
 
     def _apply(self, gm: fx.GraphModule, node: fx.Node, result: PassResult) -> tuple[Match, list[fx.Node]] | None:
@@ -131,7 +176,10 @@ def _replace(match: Match, built: Any) -> list[fx.Node]:
             where=match.root.where(),
             remedy="Return the node of every result, in the order of the pattern.",
         )
-    nodes = [getattr(b, "node", b) for b in built]
+    nodes: list[fx.Node] = [getattr(b, "node", b) for b in built]
+    for node in match.created:
+        if node not in nodes and not match.valued(node):
+            node.meta["val"] = infer(node)
     for root, node in zip(match.roots, nodes, strict=True):
         root.node.replace_all_uses_with(node, delete_user_cb=lambda user: user not in match.created)
     return nodes
@@ -147,16 +195,79 @@ def _erase_dead(graph: fx.Graph, nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return gone
 
 
+def _keep_names(match: Match, gone: set[fx.Node]) -> None:
+    """What was built goes by the name of the op whose place it takes, where that op is gone."""
+    for node, origin in match.origins.items():
+        if origin in gone and node not in gone:
+            node.name = origin.name
+            gone = gone - {origin}
+
+
 class Pipeline:
-    """Passes in order; dead code goes and the module is recompiled once, at the end."""
+    """Passes in order; dead code goes and the module is recompiled once, at the end.
+
+    `before`, `after` and `replace` give a new pipeline, so that a list in use never changes under its user.
+    """
 
     def __init__(self, name: str, passes: Sequence[Pass]) -> None:
-        self.name, self.passes = name, list(passes)
+        self.name, self.passes = name, tuple(passes)
 
     def __call__(self, gm: fx.GraphModule) -> list[PassResult]:
-        results = [p(gm) for p in self.passes]
+        results = [run_pass(p, gm) for p in self.passes]
         finish(gm)
         return results
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {' → '.join(p.name for p in self.passes)}"
+
+    def before(self, name: str, *new: Pass) -> Pipeline:
+        """With passes in front of the one of that name."""
+        at = self._index(name)
+        return Pipeline(self.name, [*self.passes[:at], *new, *self.passes[at:]])
+
+    def after(self, name: str, *new: Pass) -> Pipeline:
+        """With passes behind the one of that name."""
+        at = self._index(name) + 1
+        return Pipeline(self.name, [*self.passes[:at], *new, *self.passes[at:]])
+
+    def replace(self, name: str, *new: Pass) -> Pipeline:
+        """With passes (or none) in the place of the one of that name."""
+        at = self._index(name)
+        return Pipeline(self.name, [*self.passes[:at], *new, *self.passes[at + 1 :]])
+
+    def _index(self, name: str) -> int:
+        names = [p.name for p in self.passes]
+        if name not in names:
+            raise PassError(f"the pipeline {self.name!r} has no pass {name!r}", remedy=did_you_mean(name, names))
+        return names.index(name)
+
+
+def run_pass(step: Pass, gm: fx.GraphModule) -> PassResult:
+    """Run one pass; inside `checking()` also check what it requires, ensures and promises."""
+    if not is_checking():
+        return step(gm)
+    check_all(gm, *step.requires, after=f"before {step.name}")
+    wanted = _outputs(gm)
+    result = step(gm)
+    check_all(gm, *step.ensures, after=step.name)
+    reason = broken(step.equivalence, wanted, _outputs(gm)) if result.changed else None
+    if reason is not None:
+        raise PassError(
+            f"the pass {step.name} promises {step.equivalence!r} results: {reason}",
+            where=", ".join(f"{rule} ×{n}" for rule, n in result.by_rule.items()) or step.name,
+            remedy="`graphq.testing.prove(rule)` finds a small graph on which a rule is wrong.",
+        )
+    return result
+
+
+@torch.no_grad()
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    """What the graph gives on its example inputs, without compiling it."""
+    example = example_of(gm)
+    names = list(example.dynamic_shapes)
+    given = dict(zip(names, example.args, strict=False)) | example.kwargs
+    inputs = pytree.tree_leaves([given[n] for n in names if n in given])
+    return pytree.tree_leaves(fx.Interpreter(gm).run(*inputs, enable_io_processing=False))
 
 
 def finish(gm: fx.GraphModule) -> None:

@@ -1,6 +1,7 @@
 """One form for every op: the passes that run on each captured graph before anything is decided."""
 
-from graphq.graph.passes import Pipeline, RewritePass
+from graphq.graph.invariants import none_of
+from graphq.graph.passes import FunctionPass, Pipeline, RewritePass
 
 from .drop_noops import (
     DropCast,
@@ -37,13 +38,13 @@ def canonical_pipeline() -> Pipeline:
     return Pipeline(
         "canonical",
         [
-            drop_asserts,
+            FunctionPass(drop_asserts),
             RewritePass(ViewToReshape, name="view_to_reshape"),
             RewritePass(DropDropout, DropIdentity, DropCast, DropReshape, DropExpand, DropSlice, name="drop_noops"),
-            RewritePass(FunctionalBatchNorm, name="normalize_batchnorm"),
-            RewritePass(Relu6, Clamp, ClampMin, ClipFromZero, name="normalize_clip"),
+            RewritePass(FunctionalBatchNorm, name="normalize_batchnorm", ensures=(none_of("native_batch_norm"),)),
+            RewritePass(Relu6, Clamp, ClampMin, ClipFromZero, name="normalize_clip", fixpoint=True),
             RewritePass(ConvSame, name="normalize_conv"),
-            RewritePass(Addmm, MatmulParameter, AddBias, name="normalize_linear"),
+            RewritePass(Addmm, MatmulParameter, AddBias, name="normalize_linear", fixpoint=True),
             RewritePass(ErfGelu, TanhGelu, Silu, name="recognize_activations"),
             RewritePass(LayerNormBySqrt, RmsNorm, SoftmaxByExp, name="recognize_norms"),
             RewritePass(GlobalMean, name="normalize_mean"),
@@ -54,9 +55,9 @@ def canonical_pipeline() -> Pipeline:
                 FoldBatchNormIntoLinear,
                 FoldBatchNormAfterCat,
                 FoldBatchNormAfterSplit,
-                FoldBatchNormAfterSplit,
                 FoldBatchNormIntoNextConv,
                 name="fold_batchnorm",
+                fixpoint=True,
             ),
         ],
     )

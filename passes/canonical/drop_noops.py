@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.graph.matcher import Match
-from graphq.graph.passes import PassResult, Rewrite
+from graphq.graph.passes import Rewrite
 from graphq.graph.view import value_of
 
 FIRST, LAST = 0, 2**63 - 1
@@ -141,13 +141,13 @@ def _changes_shape(m: Match) -> str | None:
     return None if same_shape(before, after) else "it changes the shape"
 
 
-def drop_asserts(gm: fx.GraphModule) -> PassResult:
+def drop_asserts(gm: fx.GraphModule) -> int:
     """Erase the runtime assertions that tracing leaves; they have no users and no result."""
-    result = PassResult("drop_asserts")
+    changed = 0
     for node in reversed(gm.graph.nodes):
         name = getattr(getattr(node.target, "_schema", None), "name", "")
         is_assert = "assert" in name or "sym_constrain_range" in name or node.target is torch.sym_not
         if node.op == "call_function" and is_assert and not node.users:
             gm.graph.erase_node(node)
-            result.changed += 1
-    return result
+            changed += 1
+    return changed

@@ -16,11 +16,13 @@ MISFITS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError,
 def infer(node: fx.Node) -> Any:
     """What a call_function node gives: FakeTensors, or numbers. Raises PassError if it does not fit its inputs."""
     known = [n.meta.get("val") for n in node.all_input_nodes]
-    mode = detect_fake_mode(known) or FakeTensorMode()
+    mode = detect_fake_mode(known) or _mode_of(node.graph)
 
     def value(n: fx.Node) -> Any:
         met = n.meta.get("val")
-        return mode.from_tensor(met) if isinstance(met, Tensor) and not isinstance(met, FakeTensor) else met
+        if isinstance(met, Tensor) and not isinstance(met, FakeTensor):
+            return mode.from_tensor(met, static_shapes=True)
+        return met
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     try:
@@ -33,6 +35,12 @@ def infer(node: fx.Node) -> Any:
             where=f"{node.format_node()}  (inputs: {shapes})",
             remedy="Check order, shapes and dtypes of what `rewrite` builds; a custom op needs register_fake.",
         ) from e
+
+
+def _mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The one in which the graph was traced: an op on parameters alone does not show it."""
+    inputs = [n.meta.get("val") for n in graph.find_nodes(op="placeholder")]
+    return detect_fake_mode(inputs) or FakeTensorMode()
 
 
 def _shape(value: Any) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphq.errors import PassError
 from graphq.graph.decision import decision_of
@@ -48,7 +50,7 @@ def check_graph(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and parameter(gm, node) is None:
             raise PassError("a get_attr node reads no tensor", where=str(node.target))
-    _raise_first(gm, no_dangling_quantizer)
+    _raise_first(gm, no_dangling_quantizer, no_symbols)
 
 
 def check_all(gm: fx.GraphModule, *more: Invariant, after: str = "") -> None:
@@ -84,6 +86,14 @@ def typed(gm: fx.GraphModule) -> str | None:
         ]
         if said.dtype != real.dtype or not same_rank or any(a != b for a, b in fixed):
             return f"{node.name} is said to be {said.dtype} {list(said.shape)} and is {real.dtype} {list(real.shape)}"
+    return None
+
+
+def no_symbols(gm: fx.GraphModule) -> str | None:
+    """Symbolic sizes are computed by nodes, never written into the arguments of an op."""
+    for node in gm.graph.nodes:
+        if any(isinstance(a, torch.SymInt) for a in pytree.tree_leaves((node.args, node.kwargs))):
+            return f"{node.name} has a symbolic size among its arguments: {node.args}"
     return None
 
 

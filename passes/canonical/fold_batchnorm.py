@@ -32,6 +32,8 @@ def foldable(m: Match) -> str | None:
         return "the batch norm is in training mode"
     if m.tensor("mean") is None or m.tensor("var") is None:
         return "it has no running statistics"
+    if any(getattr(m, name) is not None and m.tensor(name) is None for name in ("gamma", "beta")):
+        return "its scale or shift is computed"
     return None
 
 
@@ -171,22 +173,21 @@ class FoldBatchNormAfterCat(Rewrite):
     """
 
     @staticmethod
-    def pattern(op, tensors, gamma, beta, mean, var):
-        return op.batch_norm(op.cat(tensors, 1), gamma, beta, mean, var)
+    def pattern(op, x, weight, bias, gamma, beta, mean, var):
+        branch = op.one_of("conv", "conv_transpose")(x, weight, bias)
+        return op.batch_norm(op.cat(op.each(branch), 1), gamma, beta, mean, var)
 
     @staticmethod
     def check(m: Match) -> str | None:
         if m.cat.users > 1:
             return "the concatenation feeds something besides the batch norm"
-        if any(str(t.target).partition(".")[2].split(".")[0] not in _ABSORBERS for t in m.tensors):
-            return "an input of the concatenation is not a convolution"
         return foldable(m)
 
     @staticmethod
     def rewrite(m: Match):
         start, pieces = 0, []
         rest = m.batch_norm.node.args[5:]
-        for tensor in m.tensors:
+        for tensor in m.cat.node.args[0]:
             channels = tensor.meta["val"].shape[1]
             params = []
             for name in ("gamma", "beta", "mean", "var"):
@@ -199,9 +200,6 @@ class FoldBatchNormAfterCat(Rewrite):
             pieces.append(piece)
             start += channels
         return m.call(aten.cat.default, pieces, 1, like=m.cat)
-
-
-_ABSORBERS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 class FoldBatchNormAfterSplit(Rewrite):

@@ -72,6 +72,8 @@ class AddBias(Rewrite):
     def check(m: Match) -> str | None:
         if m.linear.users > 1:
             return "the product is used without the bias too"
+        if len(m.linear.shape) < 2 or len(m.weight.shape) != 2:
+            return "it is a product of vectors"
         if not hasattr(m.bias, "tensor") or m.bias.tensor is None:
             return "what is added is not a parameter"
         if tuple(m.bias.tensor.shape) != (m.weight.shape[0],):

@@ -13,9 +13,13 @@ def _over_last(m: Match) -> str | None:
     rank = len(m.x.shape)
     if [d % rank for d in m.dims] != [rank - 1]:
         return "the mean is not over the last dimension"
+    if not isinstance(m.x.shape[-1], int):
+        return "the size of the last dimension is not known"
     for name in ("gamma", "beta"):
-        if name in m.pattern.captures and (not isinstance(m.node(name), fx.Node) or len(getattr(m, name).shape) != 1):
-            return f"{name} is not a vector"
+        if name not in m.pattern.captures:
+            continue
+        if not isinstance(m.node(name), fx.Node) or tuple(getattr(m, name).shape) != (m.x.shape[-1],):
+            return f"{name} is not one value per feature"
     return None if isinstance(m.eps, float) and m.keepdim is True else "epsilon is computed"
 
 

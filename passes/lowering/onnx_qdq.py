@@ -87,6 +87,7 @@ def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
         reads[-1].meta = {"val": turned, "custom": dict(read.meta["custom"])}
     new = gm.graph.call_function(DEQUANTIZE, (*reads, list(reversed(block)), form))
     new.meta = dict(weight.meta)
+    new.meta["val"] = value_of(weight).t()
     return new
 
 

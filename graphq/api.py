@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from graphq.calibration.batches import NO_DATA, batches_of
 from graphq.calibration.runner import run_calibration
 from graphq.calibration.watch import watching
 from graphq.config import QuantConfig
-from graphq.errors import CalibrationError, StateError
+from graphq.errors import CalibrationError, StateError, TargetError
 from graphq.export.onnx import export_onnx, metadata_of, name_nodes
 from graphq.graph.capture import capture as capture_graph
 from graphq.graph.capture import example_of
@@ -91,11 +92,25 @@ def prepare(
         )
     config, target = QuantConfig.load(config), get_target(target)
     gm = fork(capture(model, args, kwargs, dynamic_shapes))
+    _expect_float32(gm)
     canonical_pipeline()(gm)
     annotate(gm, config, target)
     insert_quantizers(gm)
     gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
     return gm
+
+
+def _expect_float32(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else parameter(gm, node)
+        if not isinstance(value, Tensor) or (node.op == "get_attr" and value.numel() < 2):
+            continue
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise TargetError(
+                f"the model computes in {value.dtype}, the scales and kernels in float32",
+                where=f"input {node.target}" if node.op == "placeholder" else str(node.target),
+                remedy="Quantize model.float() on float32 inputs.",
+            )
 
 
 def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> fx.GraphModule:
@@ -178,6 +193,11 @@ def quantize(
     """prepare, calibrate and convert in one call. Without args and kwargs, the first batch of data is the example."""
     if data is None:
         raise CalibrationError("there is no calibration data", remedy=NO_DATA)
+    args = (args,) if isinstance(args, Tensor) else args
+    if callable(data) and not hasattr(data, "__iter__") and not args and not kwargs:
+        raise CalibrationError(
+            "data is a function, so there is no batch to trace the model with", remedy="Give args or kwargs too."
+        )
     if not args and not kwargs and not isinstance(model, ExportedProgram) and not stage_of(model):
         data = list(data) if not hasattr(data, "__len__") else data
         first = next(batches_of(data), None)

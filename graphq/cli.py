@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,8 @@ from graphq import api
 from graphq.config import QuantConfig
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
-from graphq.errors import GraphqError
-from graphq.evaluate.compare import Comparison, output_metrics
+from graphq.errors import ExportError, GraphqError
+from graphq.evaluate.compare import Comparison, OutputMetrics
 from graphq.evaluate.compare import compare as compare_graphs
 from graphq.evaluate.latency import measure, random_feed
 from graphq.evaluate.taps import load_model as load_onnx
@@ -52,7 +53,16 @@ def _shapes(dynamic: str) -> str | None:
 
 
 def _emit(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: they are written as text."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command()
@@ -71,6 +81,9 @@ def quantize(
 ) -> None:
     """Quantize a model, write it as ONNX, and check that the runtime computes what was simulated."""
     settings, place = QuantConfig.load(config), get_target(target, cpu=cpu)
+    for path in filter(None, (output, float_onnx, html)):
+        if not path.parent.is_dir():
+            raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
     source = load_model(model)
     data = load_data(calibration, model, samples=samples)
     quantized = api.quantize(
@@ -82,23 +95,25 @@ def quantize(
     held = data[:8]
     checked = verify(quantized, output, held)
     explanation = explain_graph(quantized, output)
-    is_module = isinstance(source, torch.nn.Module)
-    quality = compare_graphs(source, quantized, held, per_op=False) if is_module else None
+    quality = compare_graphs(source, quantized, held, per_op=False)
     if html is not None:
         report(quantized, html, explanation, quality, checked)
     if as_json:
-        figures = quality.to_dict() if quality else None
+        figures = quality.to_dict()
         _emit({"file": str(output), "kernels": explanation.kernels(), "verify": checked.to_dict(), "quality": figures})
-        return
-    console.print(_summary(explanation.kernels(), quality))
-    console.print(verification_line(checked))
-    console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
+    else:
+        console.print(_summary(explanation.kernels(), quality))
+        console.print(verification_line(checked))
+        console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
+    if checked.first_diverging is not None:
+        raise typer.Exit(1)
 
 
-def _summary(kernels: dict[str, int], quality: Comparison | None) -> Table:
-    title = "kernels found in ONNX Runtime"
-    if quality is not None:
-        title += f" — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration samples"
+def _summary(kernels: dict[str, int], quality: Comparison) -> Table:
+    title = (
+        f"kernels found in ONNX Runtime — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration "
+        "samples"
+    )
     table = Table("kernel", "ops", title=title, title_justify="left")
     for kernel, count in kernels.items():
         table.add_row(kernel, str(count))
@@ -138,6 +153,7 @@ def compare(
     model: ModelArg,
     onnx: Annotated[Path, typer.Argument(help="The exported ONNX file")],
     data: Annotated[str, typer.Option("--data", help=".npz, folder of images, .txt, or module:loader")],
+    dynamic: DynamicOption = "batch",
     samples: SamplesOption = 64,
     as_json: JsonOption = False,
 ) -> None:
@@ -145,16 +161,15 @@ def compare(
     load_onnx(onnx)
     source = load_model(model)
     batches = load_data(data, model, samples=samples)
-    graph = api.capture(source, *_example(batches[0]))
+    graph = api.capture(source, *_example(batches[0]), _shapes(dynamic))
     run = session(onnx)
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    metrics = OutputMetrics()
     for batch in batches:
         args, kwargs = _example(batch)
         with torch.no_grad():
-            expected = flat_outputs(graph(*args, **kwargs))[0]
-        pairs.append((expected, torch.from_numpy(run.run(None, feed_of(graph, args, kwargs))[0])))
-    a, b = (torch.cat([p[i].reshape(-1, p[i].shape[-1]) for p in pairs]) for i in (0, 1))
-    result = output_metrics(a, b)
+            expected = flat_outputs(graph(*args, **kwargs))
+        metrics.add(expected, [torch.from_numpy(o) for o in run.run(None, feed_of(graph, args, kwargs))])
+    result = metrics.result()
     if as_json:
         _emit(result.to_dict())
     else:

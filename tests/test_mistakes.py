@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphq
-from graphq import QuantConfig, Rule
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import (
     CalibrationError,
     CaptureError,
@@ -18,6 +18,7 @@ from graphq.errors import (
     GraphqError,
     RuntimeMismatch,
     StateError,
+    TargetError,
 )
 
 X = torch.randn(2, 4)
@@ -41,6 +42,16 @@ def corrupted(folder):
     path = graphq.export(gm, folder / "model.onnx")
     path.write_bytes(path.read_bytes()[:200])
     graphq.verify(gm, path, [X])
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale=1.0):
+        return torch.nn.functional.linear(x, torch.ones(3, 4)) * scale
+
+
+def with_input(bias=None, **spec):
+    scheme = Scheme(weight=QuantSpec(granularity="channel"), input=QuantSpec(**{"format": "uint8", **spec}), bias=bias)
+    return QuantConfig(rules=(Rule(select="*", scheme=scheme),))
 
 
 MISTAKES = {
@@ -80,6 +91,40 @@ MISTAKES = {
     "converting before calibrating": (lambda d: graphq.convert(prepared()), StateError, "graphq.calibrate"),
     "labels in the batches": (lambda d: graphq.calibrate(prepared(), [(X, X)]), CalibrationError, "labels"),
     "a tensor instead of batches": (lambda d: graphq.calibrate(prepared(), X), CalibrationError, "iterable"),
+    "labels in the data that is traced with": (
+        lambda d: graphq.quantize(net(), "int8", [(X, X)], progress=False),
+        CaptureError,
+        "labels",
+    ),
+    "a model in half precision": (
+        lambda d: graphq.quantize(net().half(), "int8", [X.half()], progress=False),
+        TargetError,
+        "model.float()",
+    ),
+    "a constant that changes between batches": (
+        lambda d: graphq.quantize(Scaled(), "int8", [{"x": X, "scale": 1.0}, {"x": X, "scale": 3.0}], progress=False),
+        CalibrationError,
+        "constant 1.0",
+    ),
+    "numpy arrays as batches": (
+        lambda d: graphq.quantize(net(), "int8", [X.numpy()], progress=False),
+        CaptureError,
+        "torch.from_numpy",
+    ),
+    "int8 activations on x86": (
+        lambda d: graphq.prepare(
+            net(), with_input(format="int8"), (X,), target=graphq.get_target("onnxruntime", cpu="vnni")
+        ),
+        TargetError,
+        "uint8",
+    ),
+    "a bias format without a kernel": (
+        lambda d: graphq.prepare(net(), with_input(bias=QuantSpec(format="int8")), (X,)),
+        TargetError,
+        "Leave bias out",
+    ),
+    "a typo in the name of a scheme": (lambda d: Rule(select="*", scheme="int88"), ConfigError, "'int8'"),
+    "a typo in a key of a spec": (lambda d: QuantSpec(formt="int8"), ConfigError, "'format'"),
     "a file name that is no ONNX": (
         lambda d: graphq.export(graphq.quantize(net(), "int8", [X], progress=False), d / "model.pt"),
         ExportError,

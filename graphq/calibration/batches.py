@@ -50,6 +50,16 @@ def check_batch(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any
     for name, tensor in wanted.items():
         if isinstance(tensor, Tensor):
             _check_tensor(name, given[name], tensor, example.dynamic_shapes.get(name) or {}, number)
+        elif isinstance(tensor, (int, float, str, bool, type(None))) and given[name] is not tensor != given[name]:
+            raise CalibrationError(
+                f"input {name!r} is {_named(given[name])}, and was traced as the constant {tensor!r}",
+                where=f"batch {number}",
+                remedy="Capture the model again for another value, or make it a tensor.",
+            )
+
+
+def _named(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
 
 
 def _check_tensor(name: str, given: Any, wanted: Tensor, dynamic: Any, number: int) -> None:

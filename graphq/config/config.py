@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import ConfigDict, Field, field_serializer, field_validator
 
+from graphq.config.readable import ConfigModel
 from graphq.config.scheme import Scheme
 from graphq.config.selectors import Layer, Selector, describe, matches, vocabulary
 from graphq.errors import ConfigError, did_you_mean
 
 
-class Rule(BaseModel):
+class Rule(ConfigModel):
     """The layers that `select` chooses are quantized by `scheme`, or left float where it is None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -57,7 +58,7 @@ class Resolution:
     because: str
 
 
-class QuantConfig(BaseModel):
+class QuantConfig(ConfigModel):
     """Ordered rules and an ignore list, the same for every model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -68,12 +69,6 @@ class QuantConfig(BaseModel):
     bias_correction: bool = Field(
         False, description="Take what rounded weights add to a layer's mean output off its bias (static schemes)."
     )
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as e:
-            raise _readable(e) from e
 
     @field_serializer("ignore")
     def _ignore_as_text(self, ignore: tuple[Selector, ...]) -> list[str]:
@@ -106,7 +101,8 @@ class QuantConfig(BaseModel):
 
     def with_rules(self, *rules: Rule, ignore: tuple[Selector, ...] = ()) -> QuantConfig:
         """This config with more rules after its own (they win), and more to ignore."""
-        return QuantConfig(name=f"{self.name}+", rules=(*self.rules, *rules), ignore=(*self.ignore, *ignore))
+        more = {"name": f"{self.name}+", "rules": (*self.rules, *rules), "ignore": (*self.ignore, *ignore)}
+        return self.model_copy(update=more)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(json.loads(self.model_dump_json(exclude_defaults=True)), sort_keys=False)
@@ -132,6 +128,11 @@ class QuantConfig(BaseModel):
 
         if isinstance(source, QuantConfig):
             return source
+        if not isinstance(source, (str, Path)):
+            raise ConfigError(
+                f"a config is a QuantConfig, a preset's name or a file, not a {type(source).__name__}",
+                remedy="QuantConfig(**mapping) makes one of a mapping.",
+            )
         if str(source) in CONFIGS:
             return CONFIGS[str(source)]
         path = Path(source)
@@ -143,18 +144,3 @@ class QuantConfig(BaseModel):
             f"unknown preset {str(source)!r}",
             remedy=did_you_mean(str(source), CONFIGS) + " Or give the path of a .yaml or .json file.",
         )
-
-
-def _readable(error: ValidationError) -> ConfigError:
-    """The first complaint of pydantic, with the key it is about and the nearest key that exists."""
-    first = error.errors()[0]
-    keys = [str(k) for k in first["loc"] if not (isinstance(k, str) and ("(" in k or "[" in k or k in ("str", "type")))]
-    remedy = "`graphq schema` prints every key."
-    if first["type"] == "extra_forbidden" and keys:
-        known: set[str] = set()
-        for model in (QuantConfig, Rule, Scheme):
-            known |= set(model.model_fields)
-        from graphq.config.spec import QuantSpec
-
-        remedy = did_you_mean(keys[-1], known | set(QuantSpec.model_fields))
-    return ConfigError(first["msg"].removeprefix("Value error, "), where=".".join(keys) or None, remedy=remedy)

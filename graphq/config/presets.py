@@ -31,7 +31,7 @@ CONFIGS: dict[str, QuantConfig] = {
                 select="attention",
                 scheme=None,
                 optional=True,
-                reason="attention scores and probabilities lose accuracy; opt in with a rule on 'attention'",
+                reason="fused attention has no integer kernel, and its scores and probabilities would lose accuracy",
             ),
         ),
     ),

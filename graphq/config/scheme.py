@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from graphq.config.readable import ConfigModel
 from graphq.config.spec import QuantSpec
 
 
-class Scheme(BaseModel):
+class Scheme(ConfigModel):
     """What happens to the weight, the inputs, the output and the bias of one layer. None leaves a tensor float."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

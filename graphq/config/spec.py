@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from graphq.config.readable import ConfigModel
 from graphq.numerics.formats import Format, get_format
 
 Granularity = Literal["tensor", "channel", "group", "block"]
 
 
-class QuantSpec(BaseModel):
+class QuantSpec(ConfigModel):
     """How one tensor is quantized: number format, how scales are shared, and who finds the range."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError
 from graphq.evaluate.verify import flat_inputs, flat_outputs
 from graphq.graph.capture import capture, example_of
 from graphq.graph.decision import decision_of
+from graphq.graph.fork import fork
 from graphq.graph.view import LayerView
-from graphq.numerics.affine import sqnr
 from graphq.passes.canonical import canonical_pipeline
 
 
@@ -30,7 +32,9 @@ class OpError:
 
 @dataclass
 class Comparison:
-    """sqnr (dB), cosine and top-1 agreement over the last axis of the first output; ops, the worst first."""
+    """How far two models' outputs are apart: SQNR (dB) of the worst float output; mean cosine and top-1 agreement of
+    the first that has features (images [n, classes, h, w] have them along axis 1, everything else along the last).
+    ops: every op, the worst first."""
 
     sqnr: float
     cosine: float
@@ -42,48 +46,85 @@ class Comparison:
                 "ops": [vars(o) for o in self.ops]}  # fmt: skip
 
 
+class OutputMetrics:
+    """Accumulates a Comparison over batches, which may differ in every size."""
+
+    def __init__(self) -> None:
+        self._power: dict[int, list[float]] = {}  # output → [signal, noise]
+        self._cosine = self._agreement = 0.0
+        self._rows = 0
+
+    def add(self, reference: Sequence[Tensor], approximation: Sequence[Tensor]) -> None:
+        """The outputs of one batch."""
+        pairs = [
+            (n, a, b) for n, (a, b) in enumerate(zip(reference, approximation, strict=True)) if a.is_floating_point()
+        ]
+        for number, a, b in pairs:
+            entry = self._power.setdefault(number, [0.0, 0.0])
+            finite = a.isfinite() & b.isfinite()
+            x, y = a[finite].double(), b[finite].double()
+            entry[0] += x.square().sum().item()
+            entry[1] += (x - y).square().sum().item()
+        features = next(((a, b) for _, a, b in pairs if a.ndim > 1), None)
+        if features is not None:
+            a, b = (t.double().movedim(1 if t.ndim == 4 else -1, -1).flatten(0, -2) for t in features)
+            self._cosine += torch.nn.functional.cosine_similarity(a, b, dim=-1).sum().item()
+            self._agreement += (a.argmax(-1) == b.argmax(-1)).sum().item()
+            self._rows += len(a)
+
+    def result(self) -> Comparison:
+        """Raises CalibrationError if there was nothing to compare."""
+        if not self._power:
+            raise CalibrationError(
+                "there are no float outputs to compare", remedy="Give an iterable of batches, and a model with some."
+            )
+        worst = min(decibels(signal, noise) for signal, noise in self._power.values())
+        rows = self._rows or math.nan
+        return Comparison(worst, self._cosine / rows, self._agreement / rows)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Ratio of powers in dB; inf without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
 def output_metrics(reference: Tensor, approximation: Tensor) -> Comparison:
-    """Compare two outputs [..., features]."""
-    a, b = reference.double().flatten(0, -2), approximation.double().flatten(0, -2)
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
-    agreement = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
-    return Comparison(sqnr(reference, approximation), cosine, agreement)
+    """Compare two outputs."""
+    metrics = OutputMetrics()
+    metrics.add([reference], [approximation])
+    return metrics.result()
 
 
-def compare(model: nn.Module, quantized: fx.GraphModule, data: Any, *, per_op: bool = True) -> Comparison:
-    """Compare a float model with its calibrated or converted graph on some batches.
+def compare(model: Any, quantized: fx.GraphModule, data: Any, *, per_op: bool = True) -> Comparison:
+    """Compare a float model (module, ExportedProgram or captured graph) with its calibrated or converted graph.
 
-    per_op traces the float model again, to see the same op in both.
+    The model is traced again, and its graph is the reference: eager modules may take other paths than their graphs.
+    per_op: also the SQNR of every op.
     """
-    reference = _float_graph(model, quantized) if per_op else None
-    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    errors: dict[str, list[float]] = {}
+    reference = _float_graph(model, quantized)
+    names = _names(quantized) if per_op else set()
+    metrics, errors = OutputMetrics(), dict[str, list[float]]()
     for number, (args, kwargs) in enumerate(batches_of(data)):
         check_batch(quantized, args, kwargs, number)
         with torch.no_grad():
-            if reference is not None:
-                _compare_ops(reference, quantized, args, kwargs, errors)
-            training = model.training
-            model.eval()
-            outputs[0].append(flat_outputs(model(*args, **kwargs))[0])
-            model.train(training)
-            outputs[1].append(flat_outputs(quantized(*args, **kwargs))[0])
-    if not outputs[0]:
-        raise CalibrationError("there is no data to compare on", remedy="Give an iterable of batches.")
-    flat = [torch.cat([o.reshape(-1, o.shape[-1]) for o in side]) for side in outputs]
-    result = output_metrics(*flat)
+            sides = [_Watch(gm, names) for gm in (reference, quantized)]
+            results = [flat_outputs(w.run(*flat_inputs(quantized, args, kwargs))) for w in sides]
+            metrics.add(*results)
+            _add_errors(errors, sides[0].seen, sides[1].seen)
+    result = metrics.result()
     by_name = {n.name: n for n in quantized.graph.nodes}
     for name, (signal, noise) in errors.items():
         view = LayerView(quantized, by_name[name])
-        value = float("inf") if noise == 0 else float(10 * torch.log10(torch.tensor(signal / noise)))
-        result.ops.append(OpError(view.path, view.op, name, value))
+        result.ops.append(OpError(view.path, view.op, name, decibels(signal, noise)))
     result.ops.sort(key=lambda o: o.sqnr)
     return result
 
 
-def _float_graph(model: nn.Module, quantized: fx.GraphModule) -> fx.GraphModule:
+def _float_graph(model: Any, quantized: fx.GraphModule) -> fx.GraphModule:
     example = example_of(quantized)
-    gm = capture(model, example.args, example.kwargs, example.dynamic_shapes)
+    gm = fork(capture(model, example.args, example.kwargs, example.dynamic_shapes))
     canonical_pipeline()(gm)
     return gm
 
@@ -103,22 +144,15 @@ class _Watch(fx.Interpreter):
         return value
 
 
-def _compare_ops(
-    reference: fx.GraphModule,
-    quantized: fx.GraphModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    errors: dict[str, list[float]],
-) -> None:
+def _names(quantized: fx.GraphModule) -> set[str]:
+    """The ops of the model: those with decisions, without quantizers."""
     names = {n.name for n in quantized.graph.nodes if (d := decision_of(n)) is not None and d.action != "skip"}
-    names -= {n.name for n in quantized.graph.nodes if n.op == "call_module" or "graphq" in str(n.target)}
-    sides = []
-    for gm in (reference, quantized):
-        watch = _Watch(gm, names)
-        watch.run(*flat_inputs(gm, args, kwargs))
-        sides.append(watch.seen)
-    for name in sides[0].keys() & sides[1].keys():
-        a, b = sides[0][name].double(), sides[1][name].double()
+    return names - {n.name for n in quantized.graph.nodes if n.op == "call_module" or "graphq" in str(n.target)}
+
+
+def _add_errors(errors: dict[str, list[float]], reference: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name in reference.keys() & other.keys():
+        a, b = reference[name].double(), other[name].double()
         finite = a.isfinite() & b.isfinite()
         entry = errors.setdefault(name, [0.0, 0.0])
         entry[0] += a[finite].square().sum().item()

@@ -111,7 +111,7 @@ class Islands:
             value = waiting.pop()
             if value in self._constants:
                 constants[value] = None
-            elif value in self._inputs or value == after or (value in self.kernels and value != name):
+            elif value in self._inputs or (value and value == after) or (value in self.kernels and value != name):
                 reads[value] = self.kernels.get(value, self.kernels.get(name))
             elif value and value not in inside:
                 inside.update(self._made[value].output)

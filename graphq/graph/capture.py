@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import re
@@ -56,7 +57,7 @@ def capture(
     else:
         args, kwargs = _checked_inputs(args, dict(kwargs or {}))
         args, kwargs, shapes = _resolve_dynamic(model, args, kwargs, dynamic_shapes)
-        with _inference_mode(model, restore=not inplace):
+        with inference_mode(model, restore=not inplace):
             program = _export(model, args, kwargs, shapes)
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
@@ -83,6 +84,11 @@ def _checked_inputs(args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...],
             "tracing needs an example input",
             remedy="Pass args=(tensor, …) or kwargs={'name': tensor} of the shapes the model will see.",
         )
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if type(value).__module__ == "numpy":
+            raise CaptureError(
+                "an input is a numpy array, not a tensor", where=f"input {name}", remedy="torch.from_numpy(array)."
+            )
     # torch.export marks the tensors it is given as dynamic: let it mark tensors of ours
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach(), (tuple(args), kwargs))
     return args, kwargs
@@ -113,13 +119,20 @@ def _resolve_dynamic(
         return {d: Dim.DYNAMIC for d in dims if t.ndim > d} if isinstance(t, Tensor) else None
 
     args, kwargs = pytree.tree_map(widen, args), pytree.tree_map(widen, kwargs)
-    bound = torch.export.dynamic_shapes._combine_args(model, args, kwargs)
+    try:
+        bound = torch.export.dynamic_shapes._combine_args(model, args, kwargs)
+    except TypeError as e:
+        raise CaptureError(
+            f"the example inputs do not fit the model: {e}",
+            where=f"{type(model).__name__}.forward{inspect.signature(model.forward)}",
+            remedy="A tuple or list is taken as several inputs, a dict by name; leave labels out of the batches.",
+        ) from e
     return args, kwargs, pytree.tree_map(spec, dict(bound))
 
 
 @contextmanager
-def _inference_mode(model: nn.Module, *, restore: bool) -> Iterator[None]:
-    """Trace in eval mode; every module's own training flag is put back afterwards."""
+def inference_mode(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
+    """Eval mode without gradients; every module's own training flag is put back afterwards."""
     before = {m: m.training for m in model.modules()}
     model.eval()
     try:

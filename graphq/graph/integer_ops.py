@@ -38,6 +38,12 @@ def exact_dtype(w: Tensor) -> torch.dtype:
     return torch.float32 if largest < 2**24 and w.device.type == "cpu" else torch.float64
 
 
+def centered_weight(w: Tensor, zero: Tensor) -> Tensor:
+    """Codes [out, …] without their zero points, [] or one a row."""
+    zero = zero.to(torch.int32)
+    return w.to(torch.int32) - (zero.reshape(-1, *[1] * (w.ndim - 1)) if zero.numel() > 1 else zero.reshape(()))
+
+
 def _channels(values: Tensor, rank: int) -> Tensor:
     """[out] or [] → [1, out, 1, …] for a result of that rank."""
     return values.reshape(1, -1, *[1] * (rank - 2)) if values.numel() > 1 else values.reshape(())
@@ -50,6 +56,7 @@ def qconv(
     x_zero: Tensor,
     w: Tensor,
     w_scale: Tensor,
+    w_zero: Tensor,
     bias: Tensor | None,
     y_scale: Tensor,
     y_zero: Tensor,
@@ -64,6 +71,7 @@ def qconv(
 
     outer_padding: zeros around x in the order of torch's pad, in front of the convolution's own padding.
     """
+    w = centered_weight(w, w_zero)
     dtype = exact_dtype(w)
     centered = torch.nn.functional.pad((x.to(torch.int32) - x_zero).to(dtype), list(outer_padding))
     conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[w.ndim - 3]
@@ -81,6 +89,7 @@ def qgemm(
     x_zero: Tensor,
     w: Tensor,
     w_scale: Tensor,
+    w_zero: Tensor,
     bias: Tensor | None,
     y_scale: Tensor | None,
     y_zero: Tensor | None,
@@ -88,6 +97,7 @@ def qgemm(
 ) -> Tensor:
     """QGemm, MatMulIntegerToFloat: x […, in] codes, w [out, in] codes, bias [out] int32 → codes, or float32 without
     y_scale."""
+    w = centered_weight(w, w_zero)
     dtype = exact_dtype(w)
     total = torch.nn.functional.linear((x.to(torch.int32) - x_zero).to(dtype), w.to(dtype))
     if bias is not None:

@@ -346,6 +346,9 @@ class Match:
             return tuple(LayerView(self.gm, v) if isinstance(v, fx.Node) else v for v in value)
         return LayerView(self.gm, value) if isinstance(value, fx.Node) else value
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._bound
+
     def node(self, name: str) -> Any:
         """What a name is bound to, without the LayerView: a node, a constant or None."""
         return self._bound[name]

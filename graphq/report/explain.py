@@ -123,7 +123,7 @@ class _Found:
 
     def __init__(self, gm: fx.GraphModule, path: str | Path) -> None:
         model = load_model(path)
-        self.made = {name: node.op_type for node in optimized_model(path).graph.node for name in node.output}
+        self.made = {name: node for node in optimized_model(path).graph.node for name in node.output}
         outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
         flat = [n for n in pytree.tree_leaves(outputs.args[0]) if isinstance(n, fx.Node)]
         self.alias = {n.name: o.name for n, o in zip(flat, model.graph.output, strict=False)}
@@ -141,4 +141,7 @@ class _Found:
             names = [q.name for q in root.users if q.target is QUANTIZE]
         names += [f"{head.name}_matmul", root.name, self.alias.get(root.name, "")]
         names += [self.alias.get(d.name, "") for q in root.users for d in q.users]
-        return next((self.made[n] for n in names if n in self.made), "fused")
+        made = next((self.made[n] for n in names if n in self.made), None)
+        while made is not None and made.op_type == "Reshape" and decision.kernel == "QGemm":
+            made = self.made.get(made.input[0])  # a Gemm of more than two dimensions stands between Reshapes
+        return made.op_type if made is not None else "fused"

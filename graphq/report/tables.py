@@ -37,10 +37,9 @@ def explanation_table(explanation: Explanation, *, every: bool = False) -> Table
 
 def comparison_table(comparison: Comparison, *, worst: int = 10) -> Table:
     """The output's figures in the title, the worst ops below."""
-    title = (
-        f"output: SQNR {db(comparison.sqnr)}, cosine {comparison.cosine:.5f}, agreement {comparison.agreement:.3f}"
-        f" — the {min(worst, len(comparison.ops))} worst ops:"
-    )
+    title = f"output: SQNR {db(comparison.sqnr)}, cosine {comparison.cosine:.5f}, agreement {comparison.agreement:.3f}"
+    if comparison.ops:
+        title += f" — the {min(worst, len(comparison.ops))} worst ops:"
     table = Table(title=title, title_justify="left")
     for name in ("layer", "op", "SQNR"):
         table.add_column(name)

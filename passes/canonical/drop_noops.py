@@ -26,7 +26,7 @@ class ViewToReshape(Rewrite):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return None if m.root.op == "aten.view.default" else "not a view"
+        return None if m.root.op in ("aten.view.default", "aten._unsafe_view.default") else "not a view"
 
     @staticmethod
     def rewrite(m: Match):

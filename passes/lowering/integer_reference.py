@@ -63,21 +63,18 @@ def _conv(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.No
     outer: list[int] = []
     if x.target is not DEQUANTIZE:
         outer, x = list(x.args[1]), x.args[0]
-    w, w_scale, _ = _codes(weight)
+    w = _codes(weight)
     _, y_scale, y_zero, _, form = quantize.args
     shape = [list(view.arg(k)) for k in ("stride", "padding", "dilation")]
     added = None if bias is None else _codes(bias)[0]
-    _swap(
-        gm, quantize, QCONV, (*_codes(x), w, w_scale, added, y_scale, y_zero, form, *shape, view.arg("groups"), outer)
-    )
+    _swap(gm, quantize, QCONV, (*_codes(x), *w, added, y_scale, y_zero, form, *shape, view.arg("groups"), outer))
 
 
 def _gemm(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node | None) -> None:
     view = LayerView(gm, node)
-    w, w_scale, _ = _codes(view.arg("weight"))
     bias = view.arg("bias")
     added = None if bias is None else _codes(bias)[0]
-    operands = (*_codes(view.arg("input")), w, w_scale, added)
+    operands = (*_codes(view.arg("input")), *_codes(view.arg("weight")), added)
     if quantize is None:
         _swap(gm, node, QGEMM, (*operands, None, None, "uint8"))
     else:
@@ -91,8 +88,7 @@ def _matmul(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.
     if view.family != "linear":
         _swap(gm, node, QMATMUL, (*_codes(node.args[0]), *_codes(node.args[1])))
         return
-    w, w_scale, _ = _codes(view.arg("weight"))
-    operands = (*_codes(view.arg("input")), w, w_scale, None, None, None, "uint8")
+    operands = (*_codes(view.arg("input")), *_codes(view.arg("weight")), None, None, None, "uint8")
     bias = view.arg("bias")
     if bias is None:
         _swap(gm, node, QGEMM, operands)

@@ -78,7 +78,7 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
         for pattern, match in ((p, m) for p, found in index.at(gm, node) for m in itertools.islice(found, 1)):
             if any(n in claimed for n in match.nodes):
                 continue
-            refusal = pattern.check(match)
+            refusal = pattern.check(match) or _not_absorbed(gm, pattern, match, config)
             if refusal is not None and len(match.nodes) > 1:
                 continue  # a smaller pattern may still fit
             if refusal is not None:
@@ -93,6 +93,15 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
                 node.meta["graphq_refusal"] = refusals[0]
     groups.reverse()
     return groups
+
+
+def _not_absorbed(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig) -> str | None:
+    """Why the codes of the result do not stop at zero, so that the kernel cannot skip a relu; or None."""
+    if "activation" not in match:
+        return None
+    scheme = config.resolve(LayerView(gm, match.node(pattern.head))).scheme or Scheme()
+    spec = scheme.output or scheme.input
+    return "a symmetric scale has codes below zero" if spec is not None and spec.symmetric else None
 
 
 def _floats(node: fx.Node) -> bool:
@@ -128,6 +137,19 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
     _check_activation(scheme.input, target, where)
     if scheme.output is not None:
         _check_activation(scheme.output, target, where)
+    if scheme.bias is not None and scheme.bias.format != "int32":
+        raise TargetError(
+            f"no kernel of {target.name} adds biases as {scheme.bias.format}",
+            where=where,
+            remedy="Leave bias out: int32.",
+        )
+    axis = scheme.weight.axis if scheme.weight is not None and pattern.weight else None
+    if axis is not None and axis != pattern.weight_axis:
+        raise TargetError(
+            f"no kernel of {target.name} takes weight scales along axis {axis} of {pattern.family}",
+            where=where,
+            remedy=f"Leave axis out: the output channels are axis {pattern.weight_axis}.",
+        )
     if pattern.weight and scheme.weight is not None and scheme.weight.granularity in ("group", "block"):
         raise TargetError(
             f"no integer kernel of {target.name} takes weights with a scale per {scheme.weight.granularity}",

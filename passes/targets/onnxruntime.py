@@ -27,9 +27,17 @@ def rank_2(m: Match) -> str | None:
     return None if _rank(m) == 2 else "the input is not a matrix"
 
 
-def dynamic_or_no_bias(m: Match) -> str | None:
+def no_bias(m: Match) -> str | None:
+    return None if m.bias is None else "it has a bias"
+
+
+def matrix_with_bias(m: Match) -> str | None:
+    return rank_2(m) or (None if m.bias is not None else "a product without bias takes no activation in")
+
+
+def dynamic(m: Match) -> str | None:
     """MatMul + Add of a constant becomes a Gemm where all sizes are known, and then wants the bias as integers."""
-    return None if m.bias is None or not _static(m) else "all sizes are known: MatMul + Add becomes Gemm"
+    return None if not _static(m) else "all sizes are known: MatMul + Add becomes Gemm"
 
 
 def global_pool(m: Match) -> str | None:
@@ -49,13 +57,14 @@ KERNELS = {
     # family              kernel found in the optimized model, role, what it asks for
     "conv": [Kernel("QLinearConv", "compute")],
     "linear": [
+        Kernel("MatMulIntegerToFloat", "compute", output="optional", bias="float", when=no_bias),
         Kernel("QGemm", "compute", output="optional", when=rank_2),
-        Kernel("MatMulIntegerToFloat", "compute", output="optional", bias="float", when=dynamic_or_no_bias),
+        Kernel("MatMulIntegerToFloat", "compute", output="optional", bias="float", when=dynamic),
         Kernel("QGemm", "compute", output="optional"),
     ],
     "linear_activation": [
         # Gemm + Relu without a Q after it becomes a float FusedGemm
-        Kernel("QGemm", "compute", when=rank_2),
+        Kernel("QGemm", "compute", when=matrix_with_bias),
     ],
     "matmul": [Kernel("MatMulIntegerToFloat", "compute", output="optional")],
     "add": [Kernel("QLinearAdd", "between")],
@@ -132,7 +141,8 @@ def onnxruntime_target(cpu: str = "auto") -> Target:
         kernels=KERNELS,
         float_reasons=FLOAT_REASONS,
         weight_only_notes=WEIGHT_ONLY_NOTES,
-        activation_formats=frozenset({"uint8", "int8"}),
+        # x86 turns int8 activations into uint8 ones, under other names and with fewer fusions
+        activation_formats=frozenset({"uint8", "int8"} if cpu == "arm" else {"uint8"}),
         weight_formats=frozenset({"int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8"}),
         saturates=cpu == "avx2",
         lowering=lower_to_onnx_qdq,

@@ -144,7 +144,8 @@ def test_what_the_target_cannot_compute_is_an_error_that_names_the_layer(spec, c
     scheme = Scheme(weight=WEIGHT_INT8, input=ACTIVATION_UINT8.model_copy(update=spec))
     config = QuantConfig(rules=(Rule(select="*", scheme=scheme),))
     with pytest.raises(TargetError, match=complaint) as e:
-        graphq.prepare(nn.Sequential(nn.Linear(4, 4)), config, (torch.randn(2, 4),))
+        arm = graphq.get_target("onnxruntime", cpu="arm")  # takes int8 activations too
+        graphq.prepare(nn.Sequential(nn.Linear(4, 4)), config, (torch.randn(2, 4),), target=arm)
     assert "linear" in e.value.where
 
 

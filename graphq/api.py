@@ -18,6 +18,8 @@ from graphq.export.onnx import export_onnx, metadata_of, name_nodes
 from graphq.graph.capture import capture as capture_graph
 from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
+from graphq.graph.invariants import check_stage, decided
+from graphq.graph.passes import Pipeline
 from graphq.graph.view import parameter
 from graphq.passes.canonical import canonical_pipeline
 from graphq.passes.placement import (
@@ -80,11 +82,13 @@ def prepare(
     *,
     target: Target | str = "onnxruntime",
     dynamic_shapes: Any = "batch",
+    canonical: Pipeline | None = None,
 ) -> fx.GraphModule:
     """Capture a model, decide on every op, and place quantizers; it still computes what the float model does.
 
     config: a QuantConfig, a preset name, or a YAML or JSON file. args, kwargs, dynamic_shapes: see `capture`.
     target: a Target, or the name of one; `get_target("onnxruntime", cpu="avx2")` is for another machine.
+    canonical: the rewrites to begin with, `canonical_pipeline().after("fold_pad", …)`; None: the built-in ones.
     """
     if stage_of(model) in ("prepared", "calibrated", "converted"):
         raise StateError(
@@ -93,9 +97,11 @@ def prepare(
     config, target = QuantConfig.load(config), get_target(target)
     gm = fork(capture(model, args, kwargs, dynamic_shapes))
     _expect_float32(gm)
-    canonical_pipeline()(gm)
+    (canonical or canonical_pipeline())(gm)
     annotate(gm, config, target)
+    check_stage(gm, decided, after="annotate")
     insert_quantizers(gm)
+    check_stage(gm, after="insert_quantizers")
     gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
     return gm
 
@@ -163,6 +169,7 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     gm = fork(calibrated)
     quantize_bias(gm)
     to_qdq(gm)
+    check_stage(gm, after="to_qdq")
     gm.meta[STAGE] = "converted"
     return gm
 
@@ -175,8 +182,8 @@ def export(graph: fx.GraphModule, path: str | Path) -> Path:
     if stage_of(graph) == "captured":
         return export_onnx(name_nodes(fork(graph)), path, {"graphq.config": "float"})
     _expect(graph, "converted", "export", "Call graphq.convert on the calibrated graph first.")
-    lowered = graph.meta["graphq_target"].lowering(graph)
-    return export_onnx(lowered, path, metadata_of(graph))
+    target: Target = graph.meta["graphq_target"]
+    return export_onnx(target.lowering(graph), path, metadata_of(graph), target.translations)
 
 
 def quantize(

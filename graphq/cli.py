@@ -1,4 +1,4 @@
-"""The command line: graphq quantize | explain | compare | bench | presets | schema."""
+"""The command line: graphq quantize | explain | compare | bench | presets | schema, and the workbench of authors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from graphq import api
+from graphq import api, cli_authoring
 from graphq.config import QuantConfig
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
@@ -24,6 +24,7 @@ from graphq.evaluate.latency import measure, random_feed
 from graphq.evaluate.taps import load_model as load_onnx
 from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of, flat_outputs, verify
+from graphq.graph.invariants import checking
 from graphq.loading import load_data, load_model
 from graphq.passes.targets import get_target
 from graphq.report.explain import explain as explain_graph
@@ -77,6 +78,7 @@ def quantize(
     samples: SamplesOption = 64,
     float_onnx: Annotated[Path | None, typer.Option(help="Also write the float model here")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML report here")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the graph and every promise after every pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model, write it as ONNX, and check that the runtime computes what was simulated."""
@@ -86,9 +88,10 @@ def quantize(
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
     source = load_model(model)
     data = load_data(calibration, model, samples=samples)
-    quantized = api.quantize(
-        source, settings, data, target=place, dynamic_shapes=_shapes(dynamic), progress=not as_json
-    )
+    with checking(check):
+        quantized = api.quantize(
+            source, settings, data, target=place, dynamic_shapes=_shapes(dynamic), progress=not as_json
+        )
     api.export(quantized, output)
     if float_onnx is not None:
         api.export(api.capture_like(source, quantized), float_onnx)
@@ -222,6 +225,12 @@ def schema(
 ) -> None:
     """Print the JSON schema of config files."""
     _emit((QuantSpec if spec else QuantConfig).model_json_schema())
+
+
+app.command("match")(cli_authoring.match)
+app.command("trace")(cli_authoring.trace)
+app.command("passes")(cli_authoring.passes)
+app.command("new-pass")(cli_authoring.new_pass)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,20 @@ TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def export_onnx(lowered: fx.GraphModule, path: str | Path, metadata: dict[str, str]) -> Path:
+def export_onnx(
+    lowered: fx.GraphModule,
+    path: str | Path,
+    metadata: dict[str, str],
+    translations: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Path:
     """Write a graph in ONNX's form (see `graphq.passes.lowering.onnx_qdq`) to `path`, all of it or nothing.
 
-    metadata: goes into the model's metadata_props. Weights go to `path`.data when the file would pass 2 GiB.
+    metadata: goes into the model's metadata_props. translations: op → onnxscript function, for more ops.
+    Weights go to `path`.data when the file would pass 2 GiB.
     Raises ExportError if the path cannot be written or the model does not pass onnx.checker.
     """
     path = _writable(Path(path))
-    model = to_onnx(lowered, example_of(lowered))
+    model = to_onnx(lowered, example_of(lowered), {**TRANSLATIONS, **(translations or {})})
     model.metadata_props.update(metadata)
     size = sum(i.const_value.nbytes for i in model.graph.initializers.values() if i.const_value is not None)
     try:
@@ -91,7 +97,7 @@ def _writable(path: Path) -> Path:
     return path
 
 
-def to_onnx(gm: fx.GraphModule, example: Example) -> ir.Model:
+def to_onnx(gm: fx.GraphModule, example: Example, translations: Mapping[Any, Callable[..., Any]]) -> ir.Model:
     """Translate a graph of ATen ops and graphq's ONNX ops; float graphs too."""
     with quiet(), torch.no_grad():
         program = torch.export.export(gm, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes)
@@ -101,7 +107,7 @@ def to_onnx(gm: fx.GraphModule, example: Example) -> ir.Model:
             optimize=True,
             verbose=False,
             opset_version=_opset(gm),
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=dict(translations),
         )
     if translated is None:
         raise ExportError("torch.onnx produced no model", remedy="Please report it with the model.")

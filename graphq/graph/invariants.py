@@ -53,6 +53,12 @@ def check_graph(gm: fx.GraphModule) -> None:
     _raise_first(gm, no_dangling_quantizer, no_symbols)
 
 
+def check_stage(gm: fx.GraphModule, *more: Invariant, after: str) -> None:
+    """Inside `checking()`: everything that must hold, and `more`, after a stage that is no pass of a pipeline."""
+    if is_checking():
+        check_all(gm, *more, after=after)
+
+
 def check_all(gm: fx.GraphModule, *more: Invariant, after: str = "") -> None:
     """Check everything that must hold at any time, and `more`. Raises PassError that names the pass and the place."""
     check_graph(gm)

@@ -1,7 +1,8 @@
 """One form for every op: the passes that run on each captured graph before anything is decided."""
 
 from graphq.graph.invariants import none_of
-from graphq.graph.passes import FunctionPass, Pipeline, RewritePass
+from graphq.graph.passes import FunctionPass, Pipeline, Rewrite, RewritePass
+from graphq.graph.plugins import plugins_of
 
 from .drop_noops import (
     DropCast,
@@ -34,7 +35,8 @@ from .recognize_softmax import SoftmaxByExp
 
 
 def canonical_pipeline() -> Pipeline:
-    """The canonical passes, in order."""
+    """The canonical passes, in order; those of other packages come last."""
+    plugins = plugins_of(Rewrite)
     return Pipeline(
         "canonical",
         [
@@ -59,6 +61,7 @@ def canonical_pipeline() -> Pipeline:
                 name="fold_batchnorm",
                 fixpoint=True,
             ),
+            *([RewritePass(*plugins, name="plugins")] if plugins else []),
         ],
     )
 

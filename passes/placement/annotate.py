@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import Tensor, fx
 
@@ -19,6 +20,7 @@ from graphq.errors import TargetError
 from graphq.graph.decision import KEY, Decision
 from graphq.graph.matcher import Match, RuleIndex
 from graphq.graph.optable import family_of
+from graphq.graph.plugins import plugins_of
 from graphq.graph.view import LayerView, is_float, layers, value_of
 
 from ..patterns import PATTERNS, QuantPattern
@@ -68,7 +70,7 @@ def annotate(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
 
 
 def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> list[Group]:
-    index = RuleIndex(PATTERNS)
+    index = _index((*target.patterns, *plugins_of(QuantPattern), *PATTERNS))
     claimed: set[fx.Node] = set()
     groups = []
     for node in reversed(gm.graph.nodes):
@@ -93,6 +95,12 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
                 node.meta["graphq_refusal"] = refusals[0]
     groups.reverse()
     return groups
+
+
+@cache
+def _index(patterns: tuple[type[QuantPattern], ...]) -> RuleIndex:
+    """Patterns are compiled once, however many models are quantized."""
+    return RuleIndex(patterns)
 
 
 def _not_absorbed(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import fx
 
@@ -42,6 +42,8 @@ class Target:
     float_reasons: family → why there is no integer kernel for it.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
+    patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
+        writes it, for ops that torch.onnx does not know.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -55,6 +57,8 @@ class Target:
     saturates: bool
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
     reference: Callable[[fx.GraphModule], fx.GraphModule]
+    patterns: Sequence[type[Any]] = ()
+    translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def kernel_for(self, family: str, match: Match) -> tuple[Kernel | None, str]:
         """The first row that fits this match, or the reason why none does."""

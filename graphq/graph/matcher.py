@@ -402,6 +402,10 @@ class RuleIndex:
             for target in pattern.roots:
                 self._by_root.setdefault(target, []).append((rule, pattern))
 
+    def candidates(self, graph: fx.Graph) -> list[fx.Node]:
+        """The nodes at which a rule can end, in the order of the graph; no other node is looked at."""
+        return sorted(n for target in self._by_root for n in graph.find_nodes(op="call_function", target=target))
+
     def at(self, gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, Iterator[Match]]]:
         """Every rule with this op at its root, and its matches there: one, or several where operands commute."""
         if node.op != "call_function":

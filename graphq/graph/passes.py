@@ -102,8 +102,8 @@ class RewritePass:
     @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult(self.name)
-        work = deque(gm.graph.nodes)
-        limit = 100 * len(work) + 1000
+        work = deque(self._index.candidates(gm.graph))
+        limit = 100 * len(gm.graph.nodes) + 1000
         erased: set[fx.Node] = set()
         while work:
             node = work.popleft()

@@ -19,8 +19,11 @@ lint: $(STAMP)            ## style, types, and which room may know which
 	rm -rf build/lint && mkdir -p build/lint && cp -r graphq build/lint/ && cp -r passes build/lint/graphq/passes
 	cd build/lint && ../../$(BIN)/lint-imports --no-logo --no-cache --config ../../.importlinter
 
-bench: $(STAMP)           ## side by side with onnxruntime.quantization
+bench: $(STAMP)           ## side by side with the peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
 	$(BIN)/python benchmarks/vs_onnxruntime.py --check
+	$(BIN)/python benchmarks/matching.py --check
+	$(BIN)/python benchmarks/prepare_scaling.py --check
 
 docs: $(STAMP)            ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate.py

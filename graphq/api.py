@@ -18,6 +18,7 @@ from graphq.export.onnx import export_onnx, metadata_of, name_nodes
 from graphq.graph.capture import capture as capture_graph
 from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
+from graphq.graph.garbage import uncollected
 from graphq.graph.invariants import check_stage, decided
 from graphq.graph.passes import Pipeline
 from graphq.graph.view import parameter
@@ -95,13 +96,15 @@ def prepare(
             f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
         )
     config, target = QuantConfig.load(config), get_target(target)
-    gm = fork(capture(model, args, kwargs, dynamic_shapes))
-    _expect_float32(gm)
-    (canonical or canonical_pipeline())(gm)
-    annotate(gm, config, target)
-    check_stage(gm, decided, after="annotate")
-    insert_quantizers(gm)
-    check_stage(gm, after="insert_quantizers")
+    captured = capture(model, args, kwargs, dynamic_shapes)
+    _expect_float32(captured)
+    with uncollected():
+        gm = fork(captured)
+        (canonical or canonical_pipeline())(gm)
+        annotate(gm, config, target)
+        check_stage(gm, decided, after="annotate")
+        insert_quantizers(gm)
+        check_stage(gm, after="insert_quantizers")
     gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
     return gm
 
@@ -160,6 +163,7 @@ def _observe_constants(gm: fx.GraphModule) -> None:
             quantizer.update(tensor)
 
 
+@uncollected()
 def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     """Replace quantizers by graphq::quantize and graphq::dequantize, weights and biases by integer codes.
 

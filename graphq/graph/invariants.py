@@ -50,7 +50,7 @@ def check_graph(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and parameter(gm, node) is None:
             raise PassError("a get_attr node reads no tensor", where=str(node.target))
-    _raise_first(gm, no_dangling_quantizer, no_symbols)
+    _raise_first(gm, no_dangling_quantizer)
 
 
 def check_stage(gm: fx.GraphModule, *more: Invariant, after: str) -> None:
@@ -62,7 +62,7 @@ def check_stage(gm: fx.GraphModule, *more: Invariant, after: str) -> None:
 def check_all(gm: fx.GraphModule, *more: Invariant, after: str = "") -> None:
     """Check everything that must hold at any time, and `more`. Raises PassError that names the pass and the place."""
     check_graph(gm)
-    _raise_first(gm, typed, one_quantizer_per_edge, scales_shared, *more, after=after)
+    _raise_first(gm, no_symbols, typed, one_quantizer_per_edge, scales_shared, *more, after=after)
 
 
 def _raise_first(gm: fx.GraphModule, *invariants: Invariant, after: str = "") -> None:

@@ -17,7 +17,7 @@ from torch import fx
 from graphq.errors import GraphqError, PassError
 from graphq.graph.equivalence import Equivalence, broken
 from graphq.graph.infer import MISFITS
-from graphq.graph.invariants import checking, typed
+from graphq.graph.invariants import checking, no_symbols, typed
 from graphq.graph.passes import Rewrite, RewritePass, finish
 from graphq.graph.pattern import compile_pattern
 from graphq.testing.generate import Generator, Unfit
@@ -147,13 +147,13 @@ def _check(
         try:
             changed = (transform or apply(rule, proof))(gm)
             finish(gm)
-            reason = typed(gm) if changed else None
+            reason = (no_symbols(gm) or typed(gm)) if changed else None
         except GraphqError as e:
             raise Disproved(proof.rule, f"it builds an illegal graph: {e.what}", graph, line) from e
         if not changed:
             return
         if reason is not None:
-            raise Disproved(proof.rule, f"wrong example value: {reason}", graph, line)
+            raise Disproved(proof.rule, f"a malformed graph: {reason}", graph, line)
         proof.rewritten += 1
         for number, (feed, before) in enumerate(zip(feeds, wanted, strict=True)):
             if before is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphq.graph.capture import capture
 from graphq.graph.equivalence import Equivalence
+from graphq.graph.fork import fork
 from graphq.graph.invariants import Invariant, checking, none_of
 from graphq.graph.matcher import Match
 from graphq.graph.near_miss import RuleReport, report
@@ -33,5 +34,5 @@ def traced(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Pattern:
 __all__ = [
     "OP", "PASSES", "TARGETS", "Equivalence", "FunctionPass", "Invariant", "Kernel", "LayerView", "Match", "Pass",
     "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport", "Target",
-    "canonical_pipeline", "capture", "checking", "get_target", "none_of", "report", "run_pass", "traced",
+    "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "run_pass", "traced",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from graphq.graph.decision import KEY as DECISION
 from graphq.graph.pattern import (
     TOLERANCE,
     Call,
@@ -359,12 +360,17 @@ class Match:
         return parameter(self.gm, value) if isinstance(value, fx.Node) else None
 
     def call(self, target: Any, *args: Any, like: LayerView | None = None, **kwargs: Any) -> fx.Node:
-        """A new op in front of the root; its metadata (module path, value) is that of `like`, or of the root."""
+        """A new op in front of the root; its metadata (module path, value) is that of `like`, or of the root.
+
+        What was decided on an op goes to the new op that is explicitly `like` it.
+        """
         plain = fx.node.map_aggregate((args, kwargs), lambda a: a.node if isinstance(a, LayerView) else a)
         with self.gm.graph.inserting_before(self.front):
             node = self.gm.graph.call_function(target, *plain)  # type: ignore[misc]
         origin = (like or self.root).node
         node.meta = dict(origin.meta)
+        if like is None:
+            node.meta.pop(DECISION, None)
         self.created.append(node)
         self.origins[node] = origin
         return node

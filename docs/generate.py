@@ -1,10 +1,14 @@
 """Write the pages that are made from the code; with --check, fail if they are not up to date."""
 
+import inspect
 import sys
 from pathlib import Path
 
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config.presets import CONFIGS
+from graphq.graph.matcher import Match
+from graphq.graph.optable import FAMILIES
+from graphq.graph.pattern import Ops
 from graphq.numerics.formats import FORMATS
 from graphq.observers import OBSERVERS
 from graphq.passes.targets import onnxruntime as ort_target
@@ -46,7 +50,36 @@ def target() -> str:
     return f"{head}\n\n## Kernels\n\n{kernels}\n\n## What stays float, and why\n\n| ops | why |\n|---|---|\n{reasons}\n"
 
 
-PAGES = {"configuration.md": configuration, "target-onnxruntime.md": target}
+def words(cls, *, private=()) -> str:
+    """A table of a class's public methods: signature and purpose."""
+    rows = ["| word | meaning |", "|---|---|"]
+    for name, method in vars(cls).items():
+        if name.startswith("_") or not callable(method) or name in private:
+            continue
+        doc = " ".join(method.__doc__.split()) if method.__doc__ else ""
+        signature = inspect.signature(method)
+        plain = [p.replace(annotation=p.empty) for p in list(signature.parameters.values())[1:]]
+        signature = signature.replace(parameters=plain, return_annotation=signature.empty)
+        rows.append(f"| `{name}{signature}` | {doc} |")
+    return "\n".join(rows)
+
+
+def pattern_language() -> str:
+    head = (HERE / "pattern-language.head.md").read_text().rstrip()
+    families = "\n".join(
+        f"| `{f}` | {', '.join(f'`{o}`' for o in ops) or '`getitem`'} |" for f, ops in FAMILIES.items()
+    )
+    return (
+        f"{head}\n\n## Words of `op`\n\n{words(Ops)}\n\n## Words of a match\n\n{words(Match, private=('valued',))}\n\n"
+        f"## Families\n\n| family | ATen ops |\n|---|---|\n{families}\n"
+    )
+
+
+PAGES = {
+    "configuration.md": configuration,
+    "target-onnxruntime.md": target,
+    "pattern-language.md": pattern_language,
+}
 
 if __name__ == "__main__":
     stale = [name for name, make in PAGES.items() if not (HERE / name).exists() or (HERE / name).read_text() != make()]

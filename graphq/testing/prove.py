@@ -150,6 +150,8 @@ def _check(
             reason = (no_symbols(gm) or typed(gm)) if changed else None
         except GraphqError as e:
             raise Disproved(proof.rule, f"it builds an illegal graph: {e.what}", graph, line) from e
+        except Exception as e:  # the rule is its author's code, and whatever it raises disproves it
+            raise Disproved(proof.rule, f"it raises {type(e).__name__}: {e}", graph, line) from e
         if not changed:
             return
         if reason is not None:

@@ -87,8 +87,8 @@ def elementwise(g: Generator, targets: list[Any], a: Arguments) -> Any:
 
 KINDS = ("vector", "same", "number", "scalar", "column", "channel", "wider")
 # what authors mean by the names that they give to captures; other kinds are drawn too
-USUAL = dict.fromkeys(("eps", "epsilon", "factor", "scale"), "number") | dict.fromkeys(
-    ("weight", "bias", "gamma", "beta"), "vector"
+USUAL = dict.fromkeys(("eps", "epsilon", "factor"), "number") | dict.fromkeys(
+    ("weight", "bias", "gamma", "beta", "scale"), "vector"
 )
 
 

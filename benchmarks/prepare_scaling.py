@@ -102,7 +102,7 @@ def main() -> int:
             program = export(model, inputs)
             peers = {"graphq": time_graphq} | ({"torchao": time_torchao} if (name, size) != ("conv", 1600) else {})
             for who, measure in peers.items():
-                runs = [measure(copy.copy(program), inputs) for _ in range(options.rounds if who == "graphq" else 1)]
+                runs = [measure(copy.copy(program), inputs) for _ in range(options.rounds)]
                 times.setdefault(f"{name} {who}", {})[size] = min(runs)
     table = Table("layers", "method", "small", "middle", "large", "exponent", title="cpu seconds of prepare + convert")
     for key, rows in times.items():

@@ -100,12 +100,14 @@ def prepare(
     _expect_float32(captured)
     with uncollected():
         gm = fork(captured)
-        (canonical or canonical_pipeline())(gm)
+        canonical = canonical or canonical_pipeline()
+        canonical(gm)
         annotate(gm, config, target)
         check_stage(gm, decided, after="annotate")
         insert_quantizers(gm)
         check_stage(gm, after="insert_quantizers")
-    gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
+    kept = {"graphq_config": config, "graphq_target": target, "graphq_canonical": canonical}
+    gm.meta.update({STAGE: "prepared", **kept})
     return gm
 
 

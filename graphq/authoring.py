@@ -16,7 +16,7 @@ from graphq.graph.fork import fork
 from graphq.graph.invariants import Invariant, checking, none_of
 from graphq.graph.matcher import Match
 from graphq.graph.near_miss import RuleReport, report
-from graphq.graph.passes import FunctionPass, Pass, PassResult, Pipeline, Rewrite, RewritePass, run_pass
+from graphq.graph.passes import FunctionPass, Pass, PassResult, Pipeline, Rewrite, RewritePass
 from graphq.graph.pattern import OP, Pattern
 from graphq.graph.plugins import PASSES
 from graphq.graph.traced import traced as traced_pattern
@@ -34,5 +34,5 @@ def traced(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Pattern:
 __all__ = [
     "OP", "PASSES", "TARGETS", "Equivalence", "FunctionPass", "Invariant", "Kernel", "LayerView", "Match", "Pass",
     "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport", "Target",
-    "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "run_pass", "traced",
+    "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "traced",
 ]  # fmt: skip

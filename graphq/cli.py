@@ -92,7 +92,7 @@ def quantize(
         quantized = api.quantize(
             source, settings, data, target=place, dynamic_shapes=_shapes(dynamic), progress=not as_json
         )
-    api.export(quantized, output)
+        api.export(quantized, output)
     if float_onnx is not None:
         api.export(api.capture_like(source, quantized), float_onnx)
     held = data[:8]
@@ -108,7 +108,7 @@ def quantize(
         console.print(_summary(explanation.kernels(), quality))
         console.print(verification_line(checked))
         console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
-    if checked.first_diverging is not None:
+    if not checked.agrees:
         raise typer.Exit(1)
 
 

@@ -15,6 +15,7 @@ from graphq.calibration.batches import batches_of
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError
 from graphq.graph.fork import fork
+from graphq.graph.passes import finish
 from graphq.loading import load_data, load_model
 from graphq.new_pass import write_new_pass
 from graphq.passes.canonical import canonical_pipeline
@@ -71,22 +72,24 @@ def match(
 
 def trace(
     model: Annotated[str, typer.Argument(help="model.pt2, hf:DIR, or module:factory")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the diffs and index.html")],
     calibration: DataOption = None,
-    passes: Annotated[bool, typer.Option("--passes", help="What every pass changed")] = True,
+    passes: Annotated[bool, typer.Option("--passes", help="Write what every pass changed, into --out")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the diffs and index.html")] = Path("trace"),
     config: Annotated[str, typer.Option("--config", help="A preset, or a .yaml or .json file")] = "int8",
     target: Annotated[str, typer.Option(help="The runtime to place quantizers for")] = "onnxruntime",
     dynamic: DynamicOption = "batch",
 ) -> None:
-    """Write for every pass what it changed, as text and as one page that steps through the passes with drawings."""
+    """Show in how many places every pass changes a model; with --passes also write what it changed, as text and as one
+    page that steps through the passes with drawings."""
     place = get_target(target)
     settings = QuantConfig.load(config)
     graph, batches = _captured(model, calibration, dynamic)
     steps = traced_steps(graph, settings, place, batches)
-    page = write_trace(steps, out, f"{model}, {settings.name} for {place.name}")
     for step in steps:
         console.print(f"{step.name:26} {len(step.before):6} → {len(step.after):<6} nodes, {len(step.places)} places")
-    console.print(f"wrote {page}")
+    if passes:
+        page = write_trace(steps, out, f"{model}, {settings.name} for {place.name}")
+        console.print(f"wrote {page}")
 
 
 def traced_steps(graph: fx.GraphModule, config: QuantConfig, target: Any, batches: list[Any]) -> list[Step]:
@@ -96,7 +99,7 @@ def traced_steps(graph: fx.GraphModule, config: QuantConfig, target: Any, batche
     for step in canonical_pipeline().passes:
         doc = "\n".join(r.__doc__ or "" for r in getattr(step, "rules", (step,)))
         steps.append(recorded(step.name, doc, gm, lambda step=step: step(gm) and None)[0])  # type: ignore[misc]
-    canonical_pipeline()(gm)  # leaves it clean
+    finish(gm)
     annotate(gm, config, target)
     steps.append(recorded("insert_quantizers", insert_quantizers.__doc__ or "", gm, lambda: insert_quantizers(gm))[0])
     if not batches:

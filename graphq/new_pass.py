@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import keyword
 import re
 from pathlib import Path
 
@@ -57,8 +59,10 @@ def test_it_is_found_in_a_model():
 
 def write_new_pass(name: str, folder: Path) -> tuple[Path, Path]:
     """Write NAME.py and test_NAME.py. Raises PassError for a name that is no identifier and for files that exist."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise PassError(f"{name!r} is no module name", remedy="Use lower case and underscores: fold_scale_into_linear.")
+    if importlib.util.find_spec(name) is not None and not (folder / f"{name}.py").exists():
+        raise PassError(f"there is a module {name!r} already, which this one would hide", remedy="Choose another name.")
     if not folder.is_dir():
         raise PassError("the folder does not exist", where=str(folder), remedy="Make it first.")
     rule, test = folder / f"{name}.py", folder / f"test_{name}.py"

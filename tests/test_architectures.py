@@ -82,7 +82,7 @@ def test_architecture(name, tmp_path):
     result = graphq.verify(quantized, path, [three])
     assert result.share_equal >= 0.998
     assert result.largest <= 1
-    assert result.output_sqnr >= 90
+    assert result.kernels_sqnr >= 90 and result.floats_sqnr >= 90
     assert result.unseen == []
     explanation = graphq.explain(quantized, path)
     assert explanation.disagreements == []

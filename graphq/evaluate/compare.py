@@ -17,7 +17,6 @@ from graphq.graph.capture import capture, example_of
 from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
 from graphq.graph.view import LayerView
-from graphq.passes.canonical import canonical_pipeline
 
 
 @dataclass
@@ -125,7 +124,7 @@ def compare(model: Any, quantized: fx.GraphModule, data: Any, *, per_op: bool = 
 def _float_graph(model: Any, quantized: fx.GraphModule) -> fx.GraphModule:
     example = example_of(quantized)
     gm = fork(capture(model, example.args, example.kwargs, example.dynamic_shapes))
-    canonical_pipeline()(gm)
+    quantized.meta["graphq_canonical"](gm)
     return gm
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -26,7 +27,7 @@ def infer(node: fx.Node) -> Any:
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     try:
-        with mode:
+        with mode, enable_python_dispatcher():  # some ops know symbolic sizes only by their Python decompositions
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except MISFITS as e:
         shapes = ", ".join(_shape(v) for v in known)

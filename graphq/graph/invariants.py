@@ -81,18 +81,30 @@ def typed(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         if node.op != "call_function" or not str(node.target).startswith("aten."):
             continue
-        said, real = node.meta.get("val"), infer(node)
-        if not isinstance(real, Tensor):
-            continue
-        if not isinstance(said, Tensor):
-            return f"{node.name} has no example value"
-        same_rank = said.ndim == real.ndim
-        fixed = [
-            (a, b) for a, b in zip(said.shape, real.shape, strict=False) if isinstance(a, int) and isinstance(b, int)
-        ]
-        if said.dtype != real.dtype or not same_rank or any(a != b for a, b in fixed):
-            return f"{node.name} is said to be {said.dtype} {list(said.shape)} and is {real.dtype} {list(real.shape)}"
+        said, real = (pytree.tree_leaves(v) for v in (node.meta.get("val"), infer(node)))
+        if len(said) != len(real):
+            return f"{node.name} is said to have {len(said)} results and has {len(real)}"
+        for a, b in zip(said, real, strict=True):
+            if isinstance(b, Tensor) and not _same_type(a, b):
+                return f"{node.name} is said to be {_type(a)} and is {_type(b)}"
     return None
+
+
+def _same_type(said: object, real: Tensor) -> bool:
+    if not isinstance(said, Tensor) or said.dtype != real.dtype or said.ndim != real.ndim:
+        return False
+    return all(_fixed(a) == _fixed(b) for a, b in zip(said.shape, real.shape, strict=True))
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    """A size that is known; None for one that depends on the inputs."""
+    if isinstance(size, torch.SymInt):
+        return None if size.node.expr.free_symbols else int(size)
+    return size
+
+
+def _type(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def no_symbols(gm: fx.GraphModule) -> str | None:

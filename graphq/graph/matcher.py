@@ -31,7 +31,7 @@ from graphq.graph.pattern import (
     constant,
     walk,
 )
-from graphq.graph.view import LayerView, parameter, schema_of, set_parameter
+from graphq.graph.view import LayerView, is_float, parameter, schema_of, set_parameter
 
 Binding = dict[Any, Any]  # capture name → value; Call, Chain → the node (Each: a tuple of nodes) that it matched
 
@@ -296,15 +296,20 @@ def _candidates(expr: Any, bound: Binding) -> list[fx.Node]:
     """Nodes at which `expr` can end: readers, and their readers, of something bound inside it."""
     if isinstance(expr, (Once, Given, Param)):
         return _candidates(expr.expr, bound)
+    if isinstance(expr, Either):
+        return list(dict.fromkeys(n for option in expr.options for n in _candidates(option, bound)))
     known = bound.get(expr.name if isinstance(expr, Capture) else expr)
     if isinstance(known, fx.Node):
         return [known]
-    inside = [*expr.args, *expr.kwargs.values()] if isinstance(expr, Call) else []
-    for child in inside:
-        if isinstance(child, (Call, Capture, Once, Given, Param)):
-            readers = dict.fromkeys(u for n in _candidates(child, bound) for u in n.users)
-            if readers:
-                return [u for u in readers if u.target in expr.targets]
+    if not isinstance(expr, (Call, Chain)):
+        return []
+    for child in (c for c in walk(expr) if c is not expr and isinstance(c, (Call, Capture, Chain, Either))):
+        readers = dict.fromkeys(u for n in _candidates(child, bound) for u in n.users)
+        if isinstance(expr, Chain):  # its end may be some sums further down
+            readers |= dict.fromkeys(u for r in list(readers) for u in r.users)
+        found = [u for u in readers if u.target in expr.targets]
+        if found:
+            return found
     return []
 
 
@@ -359,6 +364,13 @@ class Match:
         value = self._bound[name]
         return parameter(self.gm, value) if isinstance(value, fx.Node) else None
 
+    def not_float(self, name: str) -> str | None:
+        """Why a capture is not a float tensor, for `check`; None if it is one."""
+        value = self._bound[name]
+        if isinstance(value, fx.Node) and is_float(value):
+            return None
+        return f"{name} is not a float tensor"
+
     def call(self, target: Any, *args: Any, like: LayerView | None = None, **kwargs: Any) -> fx.Node:
         """A new op in front of the root; its metadata (module path, value) is that of `like`, or of the root.
 
@@ -399,7 +411,8 @@ def _matched(binding: Binding, expr: Any) -> fx.Node:
 
 
 class RuleIndex:
-    """Patterns compiled once, found by the op at their root; for one op in the order in which they were given."""
+    """Patterns compiled once, found by the op at their root and the ops that make its first two arguments; for one op
+    in the order in which they were given."""
 
     def __init__(self, rules: Sequence[Any]) -> None:
         self.compiled = [(rule, compile_pattern(rule.pattern)) for rule in rules]
@@ -407,6 +420,7 @@ class RuleIndex:
         for rule, pattern in self.compiled:
             for target in pattern.roots:
                 self._by_root.setdefault(target, []).append((rule, pattern))
+        self._fitting: dict[Any, list[tuple[Any, Pattern]]] = {}  # filled as ops are met
 
     def candidates(self, graph: fx.Graph) -> list[fx.Node]:
         """The nodes at which a rule can end, in the order of the graph; no other node is looked at."""
@@ -414,7 +428,29 @@ class RuleIndex:
 
     def at(self, gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, Iterator[Match]]]:
         """Every rule with this op at its root, and its matches there: one, or several where operands commute."""
-        if node.op != "call_function":
+        if node.op != "call_function" or node.target not in self._by_root:
             return
-        for rule, pattern in self._by_root.get(node.target, ()):
+        makers = tuple(a.target if isinstance(a, fx.Node) and a.op == "call_function" else None for a in node.args[:2])
+        key = (node.target, makers)
+        if key not in self._fitting:
+            self._fitting[key] = [(r, p) for r, p in self._by_root[node.target] if _may_fit(p.expr, makers)]
+        for rule, pattern in self._fitting[key]:
             yield rule, (Match(gm, pattern, bound) for bound in find(pattern, node))
+
+
+def _may_fit(expr: Any, makers: tuple[Any, ...]) -> bool:
+    """Can the first arguments of the pattern's last op be made by these ops?"""
+    while isinstance(expr, Once):
+        expr = expr.expr
+    if not isinstance(expr, Call):
+        return True
+    wanted = [_made_by(a) for a in expr.args[:2]]
+    orders = [wanted, wanted[::-1]] if expr.commutes and len(expr.args) == 2 else [wanted]
+    return any(all(w is None or m in w for w, m in zip(order, makers, strict=False)) for order in orders)
+
+
+def _made_by(expr: Any) -> frozenset[Any] | None:
+    """The ops that an argument must come from, or None where it may be anything."""
+    while isinstance(expr, Once):
+        expr = expr.expr
+    return expr.targets if isinstance(expr, (Call, Chain)) else None

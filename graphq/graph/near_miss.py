@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphq.graph.matcher import ROOT, Match, Trail, find, match_expr, named, short
-from graphq.graph.pattern import Call, Pattern, compile_pattern, walk
+from graphq.graph.pattern import Call, Given, Once, Pattern, compile_pattern, walk
 from graphq.graph.view import LayerView
 
 
@@ -35,13 +35,16 @@ class RuleReport:
 def report(gm: fx.GraphModule, rule: Any, most: int = 5) -> RuleReport:
     """Look for a Rewrite or QuantPattern in a graph without changing it; `most` near misses are kept."""
     pattern = compile_pattern(rule.pattern)
-    matches, misses, seen = [], [], set()
+    matches: list[Match] = []
+    misses: list[tuple[fx.Node, Miss]] = []
+    seen: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         match, miss = _at(gm, rule, pattern, node)
         if match is not None:
-            matches.append(match)
+            if not any(set(match.nodes) == set(m.nodes) for m in matches[-len(pattern.outputs) :]):
+                matches.append(match)
             seen |= set(match.nodes)
         elif miss is not None:
             misses.append((node, miss))
@@ -70,7 +73,7 @@ def _inside(gm: fx.GraphModule, pattern: Pattern) -> Iterator[tuple[fx.Node, Mis
     """Places where an inner expression of the pattern fits, but something else than the pattern's op reads it."""
     calls = [e for output in pattern.outputs for e in walk(output) if isinstance(e, Call)]
     for outer in calls:
-        for inner in (e for e in outer.args if isinstance(e, Call)):
+        for inner in (e for e in map(_bare, outer.args) if isinstance(e, Call)):
             for node in gm.graph.nodes:
                 if node.op != "call_function" or node.target not in inner.targets:
                     continue
@@ -82,6 +85,12 @@ def _inside(gm: fx.GraphModule, pattern: Pattern) -> Iterator[tuple[fx.Node, Mis
                 reason = f"{named(node)} is read by {readers}, the pattern asks for {wanted}"
                 matched = sum(isinstance(k, Call) for k in bound)
                 yield node, Miss(LayerView(gm, node).where(), matched, _size(pattern), reason)
+
+
+def _bare(expr: Any) -> Any:
+    while isinstance(expr, (Once, Given)):
+        expr = expr.expr
+    return expr
 
 
 def _size(pattern: Pattern) -> int:

@@ -76,7 +76,7 @@ class FunctionPass:
         self.requires, self.ensures, self.equivalence = requires, ensures, equivalence
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        return PassResult(self.name, self.function(gm))
+        return checked(self, gm, lambda: PassResult(self.name, self.function(gm)))
 
 
 class RewritePass:
@@ -99,8 +99,11 @@ class RewritePass:
         self.equivalence = weakest(r.equivalence for r in rules)
         self._index = RuleIndex(rules)
 
-    @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
     def __call__(self, gm: fx.GraphModule) -> PassResult:
+        return checked(self, gm, lambda: self._run(gm))
+
+    @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
+    def _run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult(self.name)
         work = deque(self._index.candidates(gm.graph))
         limit = 100 * len(gm.graph.nodes) + 1000
@@ -181,6 +184,8 @@ def _replace(match: Match, built: Any) -> list[fx.Node]:
         if node not in nodes and not match.valued(node):
             node.meta["val"] = infer(node)
     for root, node in zip(match.roots, nodes, strict=True):
+        if node in match.created and not match.valued(node):
+            node.meta["val"] = root.node.meta.get("val")
         root.node.replace_all_uses_with(node, delete_user_cb=lambda user: user not in match.created)
     return nodes
 
@@ -210,10 +215,16 @@ class Pipeline:
     """
 
     def __init__(self, name: str, passes: Sequence[Pass]) -> None:
+        for step in passes:
+            if isinstance(step, type) or not hasattr(step, "ensures"):
+                raise PassError(
+                    f"{getattr(step, '__name__', step)!r} is no pass of a pipeline",
+                    remedy="Wrap rules in RewritePass(Rule, …), functions in FunctionPass(function).",
+                )
         self.name, self.passes = name, tuple(passes)
 
     def __call__(self, gm: fx.GraphModule) -> list[PassResult]:
-        results = [run_pass(p, gm) for p in self.passes]
+        results = [p(gm) for p in self.passes]
         finish(gm)
         return results
 
@@ -242,15 +253,15 @@ class Pipeline:
         return names.index(name)
 
 
-def run_pass(step: Pass, gm: fx.GraphModule) -> PassResult:
+def checked(step: Pass, gm: fx.GraphModule, run: Callable[[], PassResult]) -> PassResult:
     """Run one pass; inside `checking()` also check what it requires, ensures and promises."""
     if not is_checking():
-        return step(gm)
+        return run()
     check_all(gm, *step.requires, after=f"before {step.name}")
     wanted = _outputs(gm)
-    result = step(gm)
+    result = run()
     check_all(gm, *step.ensures, after=step.name)
-    reason = broken(step.equivalence, wanted, _outputs(gm)) if result.changed else None
+    reason = broken(step.equivalence, wanted, _outputs(gm))
     if reason is not None:
         raise PassError(
             f"the pass {step.name} promises {step.equivalence!r} results: {reason}",

@@ -7,7 +7,7 @@
 arguments name one of it; arguments that the pattern leaves out are free. The parameters of the function are
 captures, bound by name; the same name twice means the same tensor twice, and the same expression twice the same
 node twice. A capture also matches an argument that is absent (it is None then). Families that commute match with
-either order of operands. Numbers match numbers, and tensors of one element with that value. A pattern that returns
+either order of operands. Numbers match numbers, and tensors without dimensions of that value. A pattern that returns
 several expressions has several results. Patterns are made of patterns by calling one function from another.
 """
 
@@ -23,8 +23,9 @@ from torch._ops import OpOverload
 
 from graphq.errors import PassError, did_you_mean
 from graphq.graph.optable import COMMUTATIVE, FAMILIES, overloads
+from graphq.graph.view import schema_of
 
-SCALED = frozenset({"add", "sub"})  # x + alpha · y: a pattern that does not speak of alpha means 1
+SCALED = frozenset({"add", "sub", "rsub"})  # x + alpha · y: a pattern that does not speak of alpha means 1
 TOLERANCE = 1e-6  # relative, of numbers
 
 
@@ -48,6 +49,18 @@ class Expr:
 
     def __truediv__(self, other: Any) -> Expr:
         return OP.div(self, other)
+
+    def __rsub__(self, other: Any) -> Expr:
+        return OP.rsub(self, other)
+
+    def __neg__(self) -> Expr:
+        return OP.aten(torch.ops.aten.neg.default)(self)
+
+    def __pow__(self, other: Any) -> Expr:
+        return OP.pow(self, other)
+
+    def __matmul__(self, other: Any) -> Expr:
+        return OP.matmul(self, other)
 
 
 @dataclass(frozen=True)
@@ -190,9 +203,20 @@ def _caller(name: str, targets: frozenset[Any], commutes: bool, scaled: bool) ->
     def build(*args: Any, **kwargs: Any) -> Expr:
         if scaled:
             kwargs.setdefault("alpha", 1)
+        if not any(_takes(t, args, kwargs) for t in targets):
+            known = sorted({n for t in targets for n in schema_of(t)[0]})
+            raise PassError(
+                f"op.{name} does not take {len(args)} arguments and {', '.join(kwargs) or 'no keywords'}",
+                remedy=f"Its arguments are {', '.join(known)}.",
+            )
         return Call(name, targets, commutes, args, kwargs)
 
     return build
+
+
+def _takes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    names, _ = schema_of(target)
+    return len(args) <= len(names) and set(kwargs) <= set(names)
 
 
 OP = Ops()

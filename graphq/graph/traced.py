@@ -1,7 +1,7 @@
 """A pattern traced from a module or a function: what the user's own block becomes in a graph.
 
-Inputs and parameters become captures, by their names; numbers and attributes must be the same. Sizes that follow from
-shapes (of view, expand) are left free.
+Inputs and parameters become captures, by their names; ops, numbers and attributes must be the same, defaults included.
+Only the sizes of view, reshape and expand, which follow from shapes, are left free.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphq.errors import PassError
 from graphq.graph.capture import capture
-from graphq.graph.optable import COMMUTATIVE, FAMILIES, family_of, overloads
-from graphq.graph.pattern import SCALED, Call, Capture, Expr, Param, Pattern
+from graphq.graph.optable import COMMUTATIVE, family_of
+from graphq.graph.pattern import Call, Capture, Expr, Param, Pattern
+from graphq.graph.view import arguments, schema_of
 
-SHAPED = frozenset({"reshape", "expand"})  # families whose arguments after the first are sizes
+aten = torch.ops.aten
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+SIZED = VIEWS | {aten.expand.default}  # their arguments after the first are sizes
 
 
 class _Function(nn.Module):
@@ -42,11 +46,12 @@ def traced(
     gm = capture(module, inputs, dynamic_shapes=None)
     canonicalize(gm)
     made: dict[fx.Node, Expr] = {}
+    taken: set[str] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            made[node] = Capture(_name(node.name))
+            made[node] = Capture(_unique(node.name, taken))
         elif node.op == "get_attr":
-            made[node] = Param(Capture(_name(str(node.target))))
+            made[node] = Param(Capture(_unique(str(node.target), taken)))
         elif node.op == "call_function":
             made[node] = _call(node, made)
     results = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
@@ -57,17 +62,23 @@ def traced(
     return Pattern(outputs, tuple(c.name for c in captures if isinstance(c, Capture)))
 
 
-def _name(text: str) -> str:
-    return text.removeprefix("function.").replace(".", "_")
+def _unique(text: str, taken: set[str]) -> str:
+    base = name = text.removeprefix("function.").replace(".", "_")
+    number = 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name
 
 
 def _call(node: fx.Node, made: dict[fx.Node, Expr]) -> Call:
+    given = pytree.tree_map_only(fx.Node, made.__getitem__, arguments(node))
+    names = schema_of(node.target)[0]
+    targets = VIEWS if node.target in VIEWS else frozenset({node.target})
+    if node.target in SIZED:
+        given = {names[0]: given[names[0]]}
     family = family_of(node.target)
-    args, kwargs = pytree.tree_map_only(fx.Node, made.__getitem__, (tuple(node.args), dict(node.kwargs)))
-    if family in SHAPED:
-        args = args[:1]
-    if family in SCALED:
-        kwargs = {"alpha": 1, **kwargs}
-    named = family in FAMILIES and node.target in overloads(family)
-    targets = frozenset(overloads(family) if named else (node.target,))
-    return Call(family, targets, family in COMMUTATIVE, args, kwargs)
+    positional = 2 if family in COMMUTATIVE else 0  # operands that may change places
+    args = tuple(given.pop(n) for n in names[:positional])
+    return Call(family, targets, family in COMMUTATIVE, args, given)

@@ -40,13 +40,8 @@ class TimedReport:
 def rules_of(path: Path) -> list[Any]:
     """The Rewrites and QuantPatterns that a file defines. Raises PassError if there are none."""
     module = _load(path)
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, (Rewrite, QuantPattern))
-        and value.__module__ == module.__name__
-    ]
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    found = [v for v in own if issubclass(v, (Rewrite, QuantPattern)) and hasattr(v, "pattern")]
     if not found:
         raise PassError(
             "this file defines no rule", where=str(path), remedy="`graphq new-pass NAME` writes one to begin with."
@@ -63,7 +58,12 @@ def _load(path: Path) -> ModuleType:
         raise PassError("this is not a Python file", where=str(path), remedy="Name it rule.py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the file is its author's code
+        raise PassError(
+            f"the file cannot be loaded: {type(e).__name__}: {e}", where=str(path), remedy="Mend it."
+        ) from e
     return module
 
 

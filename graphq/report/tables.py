@@ -61,9 +61,12 @@ def latency_table(latencies: Sequence[Latency]) -> Table:
 def verification_line(v: Verification) -> str:
     """One line that says whether what was simulated is what runs."""
     first = v.first_diverging
-    head = "verified" if first is None else f"DIVERGES first at {first.name} ({first.kernel}, {first.largest} LSB)"
+    head = "verified" if v.agrees else "DIVERGES"
+    if first is not None:
+        head += f" first at {first.name} ({first.kernel}, {first.largest} LSB)"
     return (
         f"{head}: {v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at "
-        f"most {v.largest} LSB; output end to end {db(v.output_sqnr)} (with the float ops in torch "
-        f"{db(v.torch_sqnr)}; the runtime against itself without its optimizer {db(v.floor_sqnr)})"
+        f"most {v.largest} LSB; float ops on the runtime's codes {db(v.floats_sqnr)}; end to end: kernels alone "
+        f"{db(v.kernels_sqnr)}, with float ops in torch {db(v.output_sqnr)} (the runtime against itself without its "
+        f"optimizer {db(v.floor_sqnr)})"
     )

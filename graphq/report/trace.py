@@ -120,8 +120,10 @@ def recorded(name: str, doc: str, gm: fx.GraphModule, change: Callable[[], Any])
 
 
 def _places(before: Snapshot, after: Snapshot) -> list[Place]:
-    gone = {n: line for n, line in before.items() if n not in after or not _same(after[n], line)}
-    come = {n: line for n, line in after.items() if n not in before or not _same(before[n], line)}
+    stays = before.keys() & after.keys()
+    same = {n for n in stays if _same(before[n], after[n], stays)}
+    gone = {n: line for n, line in before.items() if n not in same}
+    come = {n: line for n, line in after.items() if n not in same}
     touched = nx.Graph()
     for side in (gone, come):
         touched.add_nodes_from(side)
@@ -135,10 +137,12 @@ def _places(before: Snapshot, after: Snapshot) -> list[Place]:
     return sorted(places, key=lambda p: min(order[x.name] for x in (*p.removed, *p.added)))
 
 
-def _same(a: Line, b: Line) -> bool:
-    """The same op with the same attributes; which values it reads may have changed around it."""
+def _same(a: Line, b: Line, stays: set[str]) -> bool:
+    """The same op with the same attributes on the same operands; others may stand between it and what it reads."""
     plain = [[w for w in line.arguments.split(", ") if w.strip("[]") not in line.inputs] for line in (a, b)]
-    return a.op == b.op and len(a.inputs) == len(b.inputs) and plain[0] == plain[1]
+    operands = [[i for i in line.inputs if i in stays] for line in (a, b)]
+    swapped = sorted(operands[0]) == sorted(operands[1]) and operands[0] != operands[1]
+    return a.op == b.op and len(a.inputs) == len(b.inputs) and plain[0] == plain[1] and not swapped
 
 
 def _around(names: set[str], graph: Snapshot) -> set[str]:

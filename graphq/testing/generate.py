@@ -18,7 +18,14 @@ from graphq.graph.pattern import Call, Capture, Chain, Each, Either, Given, Numb
 from graphq.graph.view import schema_of
 from graphq.testing.small_graph import SmallGraph
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+# free attributes that have defaults, drawn as often as not; by name where the type does not say what is legal
+OTHERWISE: dict[str, tuple[Any, ...]] = {
+    "approximate": ("tanh",), "eps": (1e-3, 0.5), "negative_slope": (0.5,), "dtype": (torch.float64, torch.float32),
+    "ceil_mode": (True,), "count_include_pad": (False,), "keepdim": (True,), "largest": (False,), "unbiased": (False,),
+    "alpha": (2,), "beta": (2,), "dim": (0, -1), "min_val": (0.0,), "max_val": (6.0,), "scale": (0.5, 2.0),
+    "is_causal": (True,),
+}  # fmt: skip
 
 
 class Unfit(Exception):
@@ -100,7 +107,7 @@ class Generator:
         same = [n for n in same if n.op == "placeholder"]
         if same and self.flip():
             return self.choice(same)  # type: ignore[no-any-return]
-        return self.g.input(*shape, strided=len(shape) > 1 and self.flip())
+        return self.g.input(*shape, strided=len(shape) > 1 and self.flip(), wide=self.flip())
 
     def weight(self, shape: Sequence[int], args: Arguments, name: str, *, positive: bool = False) -> fx.Node:
         """A parameter; now and then a tensor that is computed, where the pattern does not forbid it."""
@@ -174,11 +181,19 @@ class Generator:
             self._known(name, inner, args, captures)
         args.called = {name: capture.name for name, capture in captures.items()}
         target = recipe.fill(self, targets, args)
+        self._vary(target, args)
         for name, capture in captures.items():
             self.bound[capture.name] = args.get(name)
         if any(args.get(name) is None for name in args.present):
             raise Unfit
         return self._emit_named(target, args)
+
+    def _vary(self, target: Any, args: Arguments) -> None:
+        """Give free attributes other values than their defaults, once in a while."""
+        names, defaults = schema_of(target)
+        for name in names:
+            if name in defaults and name not in args and name in OTHERWISE and self.rarely():
+                args[name] = self.choice(OTHERWISE[name])
 
     def _known(self, name: str, inner: Any, args: Arguments, captures: dict[str, Capture]) -> None:
         """Note what the pattern says of one argument."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -52,7 +53,11 @@ def recipe_of(family: str) -> Recipe:
 
 def unary(g: Generator, targets: list[Any], a: Arguments) -> Any:
     target = g.choice(targets)
-    _first(g, target, a)
+    x = _first(g, target, a)
+    schema = getattr(target, "_schema", None)
+    for argument in schema.arguments if schema is not None else ():
+        if argument.name not in a and not argument.has_default_value() and str(argument.type) == "Tensor":
+            a[argument.name] = g.value(g.shape(x))
     return target
 
 
@@ -80,9 +85,12 @@ def elementwise(g: Generator, targets: list[Any], a: Arguments) -> Any:
     if not isinstance(a["self"], torch.fx.Node):  # x + 1 and 1 + x are one in a graph
         a["self"], a["other"] = a["other"], a["self"]
     names = {str(t).rpartition(".")[2]: t for t in targets}
-    if isinstance(a["other"], torch.fx.Node):
-        return names.get("Tensor") or names["Tensor_Tensor"]
-    return names.get("Tensor_Scalar") or names[g.choice(["Tensor", "Scalar"])]
+    tensor = isinstance(a["other"], torch.fx.Node)
+    wanted = ("Tensor", "Tensor_Tensor") if tensor else ("Tensor_Scalar", "Tensor", "Scalar")
+    fitting = [n for n in wanted if n in names]
+    if not fitting:
+        raise Unfit
+    return names[fitting[0] if tensor or fitting[0] == "Tensor_Scalar" else g.choice(fitting)]
 
 
 KINDS = ("vector", "same", "number", "scalar", "column", "channel", "wider")
@@ -213,7 +221,7 @@ def norm(g: Generator, targets: list[Any], a: Arguments) -> Any:
 @recipe("group_norm", ranks=(2, 3, 4))
 def group_norm(g: Generator, targets: list[Any], a: Arguments) -> Any:
     channels = g.shape(_first(g, targets[0], a))[1:2]
-    a.setdefault("num_groups", 1)
+    a.setdefault("num_groups", g.choice([d for d in (1, 2, 3) if channels[0] % d == 0]))
     for name in ("weight", "bias"):
         if name not in a:
             a[name] = g.optional(channels, a, name)
@@ -225,7 +233,7 @@ def softmax(g: Generator, targets: list[Any], a: Arguments) -> Any:
     rank = len(g.shape(_first(g, targets[0], a)))
     a.setdefault("dim", _dim(g, rank))
     a.setdefault("half_to_float", False)
-    return targets[0]
+    return g.choice(targets)
 
 
 @recipe("mean", "sum", "amax")
@@ -265,7 +273,8 @@ def clip(g: Generator, targets: list[Any], a: Arguments) -> Any:
 @recipe("sqrt", "rsqrt")
 def root(g: Generator, targets: list[Any], a: Arguments) -> Any:
     if "self" not in a:
-        a["self"] = g.emit(torch.ops.aten.exp.default, g.value(g.base_shape()))
+        x = g.value(g.base_shape())
+        a["self"] = x if g.rarely() else g.emit(torch.ops.aten.exp.default, x)
     return targets[0]
 
 
@@ -326,7 +335,8 @@ def transpose(g: Generator, targets: list[Any], a: Arguments) -> Any:
     target = g.choice(targets)
     rank, names = len(g.shape(_first(g, target, a))), schema_of(target)[0]
     for name in names[1:]:
-        a.setdefault(name, list(range(rank))[::-1] if name == "dims" else _dim(g, rank))
+        if name not in a:
+            a[name] = list(g.choice(list(permutations(range(rank))))) if name == "dims" else _dim(g, rank)
     return target
 
 
@@ -396,11 +406,35 @@ def pool(g: Generator, targets: list[Any], a: Arguments) -> Any:
         a["self"] = g.value([g.integer(1, 3), g.integer(1, 3), *(g.integer(2, 4) for _ in range(g.rank - 2))])
     sizes = g.shape(a["self"])[2:]
     a.setdefault("kernel_size", [g.integer(1, 2) for _ in sizes])
-    return next(t for t in targets if f"{len(sizes)}d" in str(t))
+    return _of_rank(targets, len(sizes))
 
 
 @recipe("adaptive_avg_pool", ranks=(3, 4, 5))
 def adaptive_pool(g: Generator, targets: list[Any], a: Arguments) -> Any:
     sizes = g.shape(_first(g, targets[0], a))[2:]
     a.setdefault("output_size", [1] * len(sizes))
-    return next(t for t in targets if f"{len(sizes)}d" in str(t))
+    return _of_rank(targets, len(sizes))
+
+
+def _of_rank(targets: list[Any], spatial: int) -> Any:
+    found = next((t for t in targets if f"{spatial}d" in str(t)), None)
+    if found is None:
+        raise Unfit
+    return found
+
+
+@recipe("attention", ranks=(3, 4))
+def attention(g: Generator, targets: list[Any], a: Arguments) -> Any:
+    shape = g.shape(_first(g, targets[0], a))
+    for name in ("key", "value"):
+        if name not in a:
+            a[name] = g.value(shape)
+    return targets[0]
+
+
+@recipe("roll")
+def roll(g: Generator, targets: list[Any], a: Arguments) -> Any:
+    rank = len(g.shape(_first(g, targets[0], a)))
+    a.setdefault("shifts", [g.integer(-1, 1)])
+    a.setdefault("dims", [_dim(g, rank)])
+    return targets[0]

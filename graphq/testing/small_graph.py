@@ -31,18 +31,19 @@ class SmallGraph:
         self.fixed = False  # the ops fix the size of the dynamic dimension, or bound it
         self._made: dict[fx.Node, dict[str, Any]] = {}  # how the tensors of inputs were made
 
-    def input(self, *shape: int, strided: bool = False) -> fx.Node:
-        """A tensor that the graph is called with. strided: its dimensions lie in memory in reverse order."""
+    def input(self, *shape: int, strided: bool = False, wide: bool = False) -> fx.Node:
+        """A tensor that the graph is called with. strided: its dimensions lie in memory in reverse order. wide: values
+        up to about ±100, every third a whole number, zero among them; otherwise normal."""
         first_op = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
         with self.graph.inserting_before(first_op) if first_op is not None else nullcontext():
             node = self.graph.placeholder(f"x{len(self._made)}")
-        self._made[node] = {"shape": shape, "strided": strided, "seed": len(self._made)}
-        return self._add(node, self._noise(**self._made[node]), "input", shape, strided=strided)
+        self._made[node] = {"shape": shape, "strided": strided, "wide": wide, "seed": len(self._made)}
+        return self._add(node, self._noise(**self._made[node]), "input", shape, strided=strided, wide=wide)
 
     def param(self, *shape: int, positive: bool = False) -> fx.Node:
         """A parameter of the model. positive: between ½ and 1½, as a variance."""
         name = f"p{sum(1 for _ in self.root.buffers())}"
-        self.root.register_buffer(name, self._noise(shape, positive=positive, seed=100 + len(self.real)))
+        self.root.register_buffer(name, self._noise(shape, 100 + len(self.real), positive=positive))
         return self._add(self.graph.get_attr(name), getattr(self.root, name), "param", shape, positive=positive)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -82,7 +83,7 @@ class SmallGraph:
     def feed(self, *, more: int = 0) -> list[Tensor]:
         """The inputs; `more` rows are added to the dynamic dimension."""
         return [
-            self._noise((m["shape"][0] + more, *m["shape"][1:]), strided=m["strided"], seed=m["seed"])
+            self._noise(**{**m, "shape": (m["shape"][0] + more, *m["shape"][1:])})
             if more and self._is_batched(n)
             else self.real[n]
             for n, m in self._made.items()
@@ -90,7 +91,9 @@ class SmallGraph:
 
     def code(self) -> str:
         """The lines that build this graph again."""
-        return "\n".join(["import torch", "from graphq.testing import SmallGraph, check", "", *self.lines])
+        return "\n".join(
+            ["import operator", "", "import torch", "from graphq.testing import SmallGraph, check", "", *self.lines]
+        )
 
     @property
     def ops(self) -> int:
@@ -108,10 +111,15 @@ class SmallGraph:
         self.lines.append(f"{node.name} = g.{kind}({', '.join(words)})")
         return node
 
-    def _noise(self, shape: tuple[int, ...], *, positive: bool = False, strided: bool = False, seed: int = 0) -> Tensor:
+    def _noise(
+        self, shape: tuple[int, ...], seed: int, *, positive: bool = False, strided: bool = False, wide: bool = False
+    ) -> Tensor:
         random = torch.Generator().manual_seed(seed)
         stored = shape[::-1] if strided else shape
         value = torch.rand(stored, generator=random) + 0.5 if positive else torch.randn(stored, generator=random)
+        if wide:
+            value = value * 30
+            value.flatten()[::3] = (value / 30).flatten()[::3].round()
         value = value.to(self.dtype)
         return value.permute(*range(value.ndim)[::-1]) if strided else value
 

@@ -20,6 +20,8 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
 class ViewToReshape(Rewrite):
     """view(x, shape)  ⇒  reshape(x, shape): a view that needs no copies before it, so that those can go."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.reshape(x)
@@ -35,6 +37,8 @@ class ViewToReshape(Rewrite):
 
 class DropDropout(Rewrite):
     """x ── dropout ── y  ⇒  x ── y, in eval mode."""
+
+    equivalence = "exact"
 
     @staticmethod
     def pattern(op, x, p, train):
@@ -52,6 +56,8 @@ class DropDropout(Rewrite):
 class DropIdentity(Rewrite):
     """x ── clone | contiguous | alias | detach ── y  ⇒  x ── y."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.identity(x)
@@ -63,6 +69,8 @@ class DropIdentity(Rewrite):
 
 class DropCast(Rewrite):
     """x ── to(dtype, device) ── y  ⇒  x ── y, when x has that dtype and device already."""
+
+    equivalence = "exact"
 
     @staticmethod
     def pattern(op, x):
@@ -85,6 +93,8 @@ class DropCast(Rewrite):
 class DropReshape(Rewrite):
     """x ── view ── y  ⇒  x ── y, when the shape stays the same."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.reshape(x)
@@ -101,6 +111,8 @@ class DropReshape(Rewrite):
 class DropExpand(Rewrite):
     """x ── expand ── y  ⇒  x ── y, when the shape stays the same."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.expand(x)
@@ -116,6 +128,8 @@ class DropExpand(Rewrite):
 
 class DropSlice(Rewrite):
     """x ── slice(dim, 0, end of the dimension) ── y  ⇒  x ── y."""
+
+    equivalence = "exact"
 
     @staticmethod
     def pattern(op, x):

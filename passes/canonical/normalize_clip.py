@@ -11,13 +11,15 @@ aten = torch.ops.aten
 class Relu6(Rewrite):
     """relu6(x)  ⇒  hardtanh(x, 0, 6)."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.clip(x)
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return None if m.root.op == "aten.relu6.default" else "not relu6"
+        return m.not_float("x") if m.root.op == "aten.relu6.default" else "not relu6"
 
     @staticmethod
     def rewrite(m: Match):
@@ -26,6 +28,8 @@ class Relu6(Rewrite):
 
 class Clamp(Rewrite):
     """clamp(x, low, high)  ⇒  hardtanh(x, low, high), both bounds numbers."""
+
+    equivalence = "exact"
 
     @staticmethod
     def pattern(op, x):
@@ -36,7 +40,7 @@ class Clamp(Rewrite):
         if m.root.op != "aten.clamp.default":
             return "not clamp"
         bounds = m.root.arg("min"), m.root.arg("max")
-        return None if all(isinstance(b, int | float) for b in bounds) else "a bound is missing or computed"
+        return m.not_float("x") if all(isinstance(b, int | float) for b in bounds) else "a bound is missing or computed"
 
     @staticmethod
     def rewrite(m: Match):
@@ -46,6 +50,8 @@ class Clamp(Rewrite):
 class ClampMin(Rewrite):
     """clamp(x, min=0), clamp_min(x, 0)  ⇒  relu(x)."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.clip(x)
@@ -54,7 +60,7 @@ class ClampMin(Rewrite):
     def check(m: Match) -> str | None:
         if m.root.op not in ("aten.clamp.default", "aten.clamp_min.default"):
             return "not a clamp"
-        return None if m.root.arg("min") == 0 and m.root.arg("max") is None else "not the bounds [0, ∞)"
+        return m.not_float("x") if m.root.arg("min") == 0 and m.root.arg("max") is None else "not the bounds [0, ∞)"
 
     @staticmethod
     def rewrite(m: Match):
@@ -64,6 +70,8 @@ class ClampMin(Rewrite):
 class ClipFromZero(Rewrite):
     """hardtanh(x, 0, ∞)  ⇒  relu(x)."""
 
+    equivalence = "exact"
+
     @staticmethod
     def pattern(op, x):
         return op.clip(x)
@@ -71,7 +79,7 @@ class ClipFromZero(Rewrite):
     @staticmethod
     def check(m: Match) -> str | None:
         is_relu = m.root.op == "aten.hardtanh.default" and m.root.arg("min_val") == 0
-        return None if is_relu and m.root.arg("max_val") == float("inf") else "not the bounds [0, ∞)"
+        return m.not_float("x") if is_relu and m.root.arg("max_val") == float("inf") else "not the bounds [0, ∞)"
 
     @staticmethod
     def rewrite(m: Match):

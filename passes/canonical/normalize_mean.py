@@ -13,7 +13,7 @@ class GlobalMean(Rewrite):
 
     @staticmethod
     def pattern(op, x, dims, keepdim):
-        return op.mean(x, dims, keepdim)
+        return op.mean(x, dims, keepdim, dtype=None)
 
     @staticmethod
     def check(m: Match) -> str | None:

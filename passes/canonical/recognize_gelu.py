@@ -20,6 +20,10 @@ class ErfGelu(Rewrite):
         return op.either((x * 0.5) * gate, x * (gate * 0.5), (x * gate) * 0.5)
 
     @staticmethod
+    def check(m: Match) -> str | None:
+        return m.not_float("x")
+
+    @staticmethod
     def rewrite(m: Match):
         return m.call(aten.gelu.default, m.x)
 
@@ -32,6 +36,10 @@ class TanhGelu(Rewrite):
         cube = op.either(op.pow(x, 3.0), (x * x) * x)
         gate = op.tanh((x + cube * 0.044715) * math.sqrt(2.0 / math.pi)) + 1.0
         return op.either((x * 0.5) * gate, x * (gate * 0.5), (x * gate) * 0.5)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return m.not_float("x")
 
     @staticmethod
     def rewrite(m: Match):

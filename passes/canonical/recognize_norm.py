@@ -20,7 +20,7 @@ def _over_last(m: Match) -> str | None:
             continue
         if not isinstance(m.node(name), fx.Node) or tuple(getattr(m, name).shape) != (m.x.shape[-1],):
             return f"{name} is not one value per feature"
-    return None if isinstance(m.eps, float) and m.keepdim is True else "epsilon is computed"
+    return m.not_float("x") if isinstance(m.eps, float) and m.keepdim is True else "epsilon is computed"
 
 
 class LayerNormBySqrt(Rewrite):
@@ -28,8 +28,8 @@ class LayerNormBySqrt(Rewrite):
 
     @staticmethod
     def pattern(op, x, gamma, beta, eps, dims, keepdim):
-        d = x - op.mean(x, dims, keepdim)
-        var = op.mean(op.either(op.pow(d, 2.0), d * d), dims, keepdim)
+        d = x - op.mean(x, dims, keepdim, dtype=None)
+        var = op.mean(op.either(op.pow(d, 2.0), d * d), dims, keepdim, dtype=None)
         unit = op.either(d / op.sqrt(var + eps), d * op.rsqrt(var + eps))
         return unit * gamma + beta
 
@@ -48,7 +48,7 @@ class RmsNorm(Rewrite):
     @staticmethod
     def pattern(op, x, gamma, eps, dims, keepdim):
         power = op.either(op.pow(x, 2.0), x * x)
-        return gamma * (x * op.rsqrt(op.mean(power, dims, keepdim) + eps))
+        return gamma * (x * op.rsqrt(op.mean(power, dims, keepdim, dtype=None) + eps))
 
     @staticmethod
     def check(m: Match) -> str | None:

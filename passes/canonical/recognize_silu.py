@@ -15,7 +15,7 @@ class Silu(Rewrite):
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return "the sigmoid is used by itself too" if m.sigmoid.users > 1 else None
+        return "the sigmoid is used by itself too" if m.sigmoid.users > 1 else m.not_float("x")
 
     @staticmethod
     def rewrite(m: Match):

@@ -12,11 +12,11 @@ class SoftmaxByExp(Rewrite):
     @staticmethod
     def pattern(op, x, dims):
         e = op.exp(x - op.amax(x, dims, True))
-        return e / op.sum(e, dims, True)
+        return e / op.sum(e, dims, True, dtype=None)
 
     @staticmethod
     def check(m: Match) -> str | None:
-        return None if len(m.dims) == 1 else "it sums over several dimensions"
+        return m.not_float("x") if len(m.dims) == 1 else "it sums over several dimensions"
 
     @staticmethod
     def rewrite(m: Match):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import fx
 
+from graphq.errors import TargetError, did_you_mean
 from graphq.graph.matcher import Match
 from graphq.registry import Registry
 
 Role = Literal["compute", "between", "carry"]
+Output = Literal["required", "optional"]
+Bias = Literal["int32", "float"]
 Cpu = Literal["auto", "avx2", "vnni", "arm"]
 
 
@@ -29,9 +32,15 @@ class Kernel:
 
     name: str
     role: Role
-    output: Literal["required", "optional"] = "required"
-    bias: Literal["int32", "float"] = "int32"
+    output: Output = "required"
+    bias: Bias = "int32"
     when: Callable[[Match], str | None] = lambda m: None
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.role, Role), (self.output, Output), (self.bias, Bias)):
+            if value not in get_args(known):
+                remedy = did_you_mean(value, get_args(known))
+                raise TargetError(f"{value!r} is not a word of a kernel's row", where=self.name, remedy=remedy)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def test_codes_equal_those_of_the_runtime_op_by_op(case):
 def test_a_model_with_the_float_ops_of_the_runtime_is_simulated_bit_for_bit(case):
     result = graphq.verify(case.quantized, case.path, case.held_out[:1])
     assert result.share_equal >= 0.99999
-    assert result.output_sqnr == math.inf
+    assert result.kernels_sqnr == math.inf
+    assert result.floats_sqnr > 90
+    assert result.agrees
 
 
 def test_a_wrong_kernel_shows_end_to_end(minilm, monkeypatch):
@@ -56,7 +58,22 @@ def test_a_wrong_kernel_shows_end_to_end(minilm, monkeypatch):
             return value * 1.0001 if target is right else value
 
     monkeypatch.setattr("graphq.evaluate.verify.SimulatedKernels", Wrong)
-    assert graphq.verify(minilm.quantized, minilm.path, minilm.held_out[:1]).output_sqnr < 60
+    assert graphq.verify(minilm.quantized, minilm.path, minilm.held_out[:1]).kernels_sqnr < 60
+
+
+def test_a_wrong_float_op_behind_the_last_codes_shows(tmp_path):
+    x = torch.randn(4, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).eval()
+    quantized = graphq.quantize(model, "int8", [x], progress=False)
+    path = graphq.export(quantized, tmp_path / "model.onnx")
+    assert graphq.verify(quantized, path, [x]).agrees
+    file = onnx.load(path)
+    gelu = next(n for n in file.graph.node if n.op_type == "Gelu")
+    gelu.op_type = "Relu"
+    del gelu.attribute[:]
+    onnx.save(file, tmp_path / "wrong.onnx")
+    result = graphq.verify(quantized, tmp_path / "wrong.onnx", [x])
+    assert result.floats_sqnr < 40 and not result.agrees
 
 
 def test_accuracy_is_close_to_the_float_model(effnet, minilm):

@@ -9,7 +9,6 @@ from graphq.authoring import FunctionPass, Pipeline, Rewrite, RewritePass, canon
 from graphq.errors import PassError
 from graphq.graph.fork import fork
 from graphq.graph.invariants import check_all, checking
-from graphq.graph.passes import run_pass
 
 aten = torch.ops.aten
 X = torch.randn(2, 4)
@@ -21,6 +20,8 @@ def captured(*layers):
 
 class ReluIsTanh(Rewrite):
     """A lie: tanh is not relu."""
+
+    equivalence = "lossy"
 
     @staticmethod
     def pattern(op, x):
@@ -43,25 +44,36 @@ def test_passes_are_added_and_replaced_by_name_and_the_first_pipeline_stays():
 
 
 def test_a_pipeline_of_the_user_is_what_prepare_runs():
-    lossy = type("Lossy", (ReluIsTanh,), {"equivalence": "lossy"})
-    pipeline = canonical_pipeline().after("fold_pad", RewritePass(lossy, name="tanh"))
+    pipeline = canonical_pipeline().after("fold_pad", RewritePass(ReluIsTanh, name="tanh"))
     graph = graphq.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "int8", (X,), canonical=pipeline)
     assert [r.op for r in graphq.explain(graph).rows] == ["linear", "tanh"]
 
 
 def test_a_broken_promise_is_an_error_that_names_pass_and_rule():
+    liar = type("Liar", (ReluIsTanh,), {"equivalence": "ulp"})
     with checking(), pytest.raises(PassError, match="promises 'ulp'") as e:
-        run_pass(RewritePass(ReluIsTanh, name="liar"), captured(nn.ReLU()))
-    assert "liar" in str(e.value) and "ReluIsTanh" in e.value.where
+        RewritePass(liar, name="liar")(captured(nn.ReLU()))
+    assert "liar" in str(e.value) and "Liar" in e.value.where
+
+
+def test_a_pass_that_changes_values_and_does_not_say_so_is_found():
+    def sly(gm):
+        for node in gm.graph.nodes:
+            if node.target is aten.relu.default:
+                node.target = aten.tanh.default
+        return 0
+
+    with checking(), pytest.raises(PassError, match="promises 'exact'"):
+        FunctionPass(sly)(captured(nn.ReLU()))
 
 
 def test_what_a_pass_requires_and_ensures_is_checked():
     with checking(), pytest.raises(PassError, match="is left"):
-        run_pass(FunctionPass(lambda gm: 0, ensures=(none_of("relu"),)), captured(nn.ReLU()))
+        FunctionPass(lambda gm: 0, ensures=(none_of("relu"),))(captured(nn.ReLU()))
     with checking(), pytest.raises(PassError, match="before"):
-        run_pass(FunctionPass(lambda gm: 0, requires=(none_of("relu"),)), captured(nn.ReLU()))
+        FunctionPass(lambda gm: 0, requires=(none_of("relu"),))(captured(nn.ReLU()))
     with checking(False):
-        run_pass(FunctionPass(lambda gm: 0, ensures=(none_of("relu"),)), captured(nn.ReLU()))
+        FunctionPass(lambda gm: 0, ensures=(none_of("relu"),))(captured(nn.ReLU()))
 
 
 def test_a_replacement_keeps_name_path_value_and_stack_trace():

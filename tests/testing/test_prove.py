@@ -18,7 +18,7 @@ RULES = [rule for step in canonical_pipeline().passes for rule in getattr(step, 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
 def test_every_canonical_rule_keeps_its_promise(rule):
     proof = prove(rule, examples=60)
-    assert proof.rewritten > 0
+    assert proof.rewritten >= 5
 
 
 class WrongAxis(Rewrite):

@@ -101,7 +101,7 @@ def prepare(
     with uncollected():
         gm = fork(captured)
         canonical = canonical or canonical_pipeline()
-        canonical(gm)
+        canonical(gm, recompile=False)
         annotate(gm, config, target)
         check_stage(gm, decided, after="annotate")
         insert_quantizers(gm)

@@ -223,9 +223,10 @@ class Pipeline:
                 )
         self.name, self.passes = name, tuple(passes)
 
-    def __call__(self, gm: fx.GraphModule) -> list[PassResult]:
+    def __call__(self, gm: fx.GraphModule, *, recompile: bool = True) -> list[PassResult]:
+        """Run all passes. recompile: not needed where more passes follow before the graph is called."""
         results = [p(gm) for p in self.passes]
-        finish(gm)
+        finish(gm, recompile=recompile)
         return results
 
     def __repr__(self) -> str:
@@ -281,9 +282,10 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
     return pytree.tree_leaves(fx.Interpreter(gm).run(*inputs, enable_io_processing=False))
 
 
-def finish(gm: fx.GraphModule) -> None:
+def finish(gm: fx.GraphModule, *, recompile: bool = True) -> None:
     """Leave the graph clean: no dead code, no unused tensors, invariants checked, code compiled."""
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     drop_unused_parameters(gm)
     check_graph(gm)
-    gm.recompile()
+    if recompile:
+        gm.recompile()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config.presets import CONFIGS
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.optable import FAMILIES
 from graphq.graph.pattern import Ops
 from graphq.numerics.formats import FORMATS

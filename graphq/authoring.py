@@ -14,7 +14,7 @@ from graphq.graph.capture import capture
 from graphq.graph.equivalence import Equivalence
 from graphq.graph.fork import fork
 from graphq.graph.invariants import Invariant, checking, none_of
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.near_miss import RuleReport, report
 from graphq.graph.passes import FunctionPass, Pass, PassResult, Pipeline, Rewrite, RewritePass
 from graphq.graph.pattern import OP, Pattern

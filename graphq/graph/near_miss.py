@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from graphq.graph.matcher import ROOT, Match, Trail, find, match_expr, named, short
+from graphq.graph.match import Match
+from graphq.graph.matcher import ROOT, Trail, find, match_expr, named, short
 from graphq.graph.pattern import Call, Given, Once, Pattern, compile_pattern, walk
 from graphq.graph.view import LayerView
 

@@ -16,7 +16,7 @@ from graphq.graph.capture import example_of
 from graphq.graph.equivalence import Equivalence, broken, weakest
 from graphq.graph.infer import infer
 from graphq.graph.invariants import Invariant, check_all, check_graph, is_checking
-from graphq.graph.matcher import Match, RuleIndex
+from graphq.graph.match import Match, RuleIndex
 from graphq.graph.pattern import Expr, Pattern
 from graphq.graph.view import drop_unused_parameters
 

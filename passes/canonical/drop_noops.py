@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 from graphq.graph.view import value_of
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 
 aten = torch.ops.aten

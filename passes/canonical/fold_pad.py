@@ -1,6 +1,6 @@
 """Fold zero padding into the convolution that follows."""
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 
 

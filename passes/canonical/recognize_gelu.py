@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 
 aten = torch.ops.aten

@@ -2,7 +2,7 @@
 
 import torch
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.passes import Rewrite
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.pattern import Expr
 
 

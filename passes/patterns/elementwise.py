@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.graph.view import LayerView, value_of
 
 from .base import QuantPattern

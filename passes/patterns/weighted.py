@@ -1,6 +1,6 @@
 """Ops with a weight: convolution and linear, alone or with the activation that their kernels take in."""
 
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 
 from .base import QuantPattern
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphq.config import QuantConfig, QuantSpec, Resolution, Scheme
 from graphq.errors import TargetError
 from graphq.graph.decision import KEY, Decision
-from graphq.graph.matcher import Match, RuleIndex
+from graphq.graph.match import Match, RuleIndex
 from graphq.graph.optable import family_of
 from graphq.graph.plugins import plugins_of
 from graphq.graph.view import LayerView, is_float, layers, value_of

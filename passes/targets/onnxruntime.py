@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from graphq.errors import TargetError, did_you_mean
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 
 from ..lowering.integer_reference import lower_to_integer_reference
 from ..lowering.onnx_qdq import lower_to_onnx_qdq

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import fx
 
 from graphq.errors import TargetError, did_you_mean
-from graphq.graph.matcher import Match
+from graphq.graph.match import Match
 from graphq.registry import Registry
 
 Role = Literal["compute", "between", "carry"]

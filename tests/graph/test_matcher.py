@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graphq
-from graphq.graph.matcher import RuleIndex
+from graphq.graph.match import RuleIndex
 from graphq.graph.passes import Pipeline, Rewrite, RewritePass
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import graphq
 from graphq.errors import PassError
-from graphq.graph.matcher import RuleIndex
+from graphq.graph.match import RuleIndex
 from graphq.graph.passes import Pipeline, Rewrite, RewritePass
 
 aten = torch.ops.aten

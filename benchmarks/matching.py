@@ -9,7 +9,7 @@ torch.fx has no sets of rules: `replace_pattern` is called with that rule, and, 
 after the other. Recompiling the graph once is part of every figure; every figure is the least of the rounds.
 
 --check exits with 1 where a figure of the acceptance list fails: growth exponent ≤ 1.1; faster than Inductor with the
-one rule at 50k nodes; ≥ 20 × torch.fx at 10k with the same rules.
+one rule at 50k nodes; ≥ 20 × torch.fx at 10k, with the one rule and with the same rules.
 """
 
 from __future__ import annotations
@@ -172,7 +172,16 @@ def main() -> int:
     bad = [
         *(["growth exponent over 1.1"] if figures["exponent"] > 1.1 else []),
         *(["slower than Inductor at 50k"] if figures["inductor with one rule over graphq with 60 at 50k"] < 1 else []),
-        *(["less than 20 × torch.fx at 10k"] if figures["torch.fx over graphq at 10k, same rules"] < 20 else []),
+        *(
+            ["less than 20 × torch.fx with the one rule at 10k"]
+            if figures["torch.fx with one rule over graphq with 60 at 10k"] < 20
+            else []
+        ),
+        *(
+            ["less than 20 × torch.fx with the same rules at 10k"]
+            if figures["torch.fx over graphq at 10k, same rules"] < 20
+            else []
+        ),
     ]
     for line in bad:
         print("does not hold:", line)

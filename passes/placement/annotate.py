@@ -141,6 +141,8 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
         return "the scheme quantizes weights only" if pattern.weight else "the scheme leaves activations float"
     if pattern.weight and scheme.weight is None:
         return "the scheme leaves its weight float, and the kernel wants integers on both sides"
+    if pattern.bias and kernel.bias == "int32" and match.node(pattern.bias) and match.tensor(pattern.bias) is None:
+        return "its bias is computed, and the kernel adds one that is known as integers"
     where = f"scheme of {match.root.where()}"
     _check_activation(scheme.input, target, where)
     if scheme.output is not None:

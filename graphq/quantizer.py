@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
-from graphq.numerics.affine import choose_qparams, fake_quantize
+from graphq.numerics.affine import fake_quantize
+from graphq.numerics.scales import choose_qparams
 from graphq.observers import Observer, make_observer
 
 State = Literal["off", "observe", "quantize"]

@@ -28,7 +28,7 @@ def requantize(total: Tensor, multiplier: Tensor, zero_point: Tensor, format: st
     """Sums (integers in float64) → codes."""
     fmt, _ = parse_format(format)
     scaled = total.float() * multiplier
-    low, high = fmt.qmin - zero_point, fmt.qmax - zero_point
+    low, high = (limit - zero_point for limit in fmt.limits())
     return (torch.round(scaled.clamp(low.float(), high.float())) + zero_point).to(fmt.storage)
 
 
@@ -137,7 +137,7 @@ def qadd(
     a_ratio, b_ratio = a_scale / y_scale, b_scale / y_scale
     moved = _fused(a_zero, a_ratio, b_ratio * b_zero.float())
     total = _fused(a, a_ratio, _fused(b, b_ratio, y_zero.float() - moved))
-    return torch.round(total).clamp(fmt.qmin, fmt.qmax).to(fmt.storage)
+    return torch.round(total).clamp(*fmt.limits()).to(fmt.storage)
 
 
 @torch.library.custom_op("graphq::qaverage_pool", mutates_args=())

@@ -36,7 +36,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], format
 
 @torch.library.custom_op("graphq::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], format: str) -> Tensor:
-    return affine.dequantize(codes, scale, zero_point, block)
+    return affine.dequantize(codes, scale, zero_point, block, parse_format(format)[0])
 
 
 @dequantize.register_fake

@@ -1,4 +1,4 @@
-"""Affine integer quantization: `code = clamp(round(x / scale) + zero_point)`, per tensor, channel, group or block.
+"""Quantization: `code = clamp(round(x / scale) + zero_point)`, per tensor, channel, group or block, for every format.
 
 One block shape expresses every granularity. `block` has an entry per dimension of the tensor: the number of
 elements of that dimension that share a scale, or -1 for all of them; an empty block means the whole tensor.
@@ -20,9 +20,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graphq.numerics.formats import Format
+from graphq.errors import ConfigError
+from graphq.numerics.floating import decode, encode, round_to_grid_
+from graphq.numerics.formats import Floating, Format, SharedExponents
+from graphq.numerics.microscaling import round_pairs_
+from graphq.numerics.rounding import ROUND, Rounding
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+CACHED = 1 << 19  # float32 values
 
 
 def blocks_of(x: Tensor, block: Sequence[int]) -> Tensor:
@@ -58,55 +62,103 @@ def range_of(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     return (lo, hi) if block else (lo.reshape(()), hi.reshape(()))
 
 
-def choose_qparams(
-    lo: Tensor, hi: Tensor, fmt: Format, *, symmetric: bool, narrow_range: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (int32) that cover [lo, hi], zero included exactly.
-
-    Symmetric: scale = max(|lo|, |hi|) / qmax, zero point 0 (the middle code for unsigned formats).
-    Affine: scale = (hi - lo) / (qmax - qmin), zero point = round(qmin - lo / scale), computed in float64.
-    A range of zero width gets scale 1, never 0.
-    """
-    qmin, qmax = fmt.limits(narrow_range)
-    lo, hi = lo.double().clamp(max=0), hi.double().clamp(min=0)
-    if symmetric:
-        middle = 0 if fmt.signed else (qmax + 1) // 2
-        scale = torch.maximum(-lo, hi) / (qmax - middle)
-        zero_point = torch.full_like(scale, middle)
-    else:
-        scale = (hi - lo) / (qmax - qmin)
-        zero_point = torch.round(qmin - lo / scale.where(scale > 0, 1)).clamp(qmin, qmax)
-    dead = scale < SMALLEST_SCALE
-    scale = torch.where(dead, torch.ones_like(scale), scale).float()
-    if not symmetric:
-        zero_point = torch.where(dead, torch.full_like(zero_point, max(qmin, 0)), zero_point)
-    return scale, zero_point.to(torch.int32)
-
-
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], fmt: Format, *, narrow_range: bool = False
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    block: Sequence[int],
+    fmt: Format,
+    *,
+    narrow_range: bool = False,
+    rounding: Rounding = "half_even",
+    saturate: bool = True,
 ) -> Tensor:
-    """Codes of `x` in `fmt.storage`; rounds half to even, saturates (ONNX QuantizeLinear)."""
-    qmin, qmax = fmt.limits(narrow_range)
-    scale, zero_point = expand(scale, x.shape, block), expand(zero_point, x.shape, block)
-    codes = torch.round(x.float() / scale) + zero_point
-    return codes.clamp(qmin, qmax).to(fmt.storage)
+    """Codes of `x` in `fmt.storage` (ONNX QuantizeLinear: half to even, saturating, if not told otherwise)."""
+    _check_pairs(fmt, block)
+    values, scale, zero_point = _aligned(x, scale, zero_point, block)
+    ratio = values / scale
+    codes = _round_(ratio.clone(), zero_point, fmt, narrow_range, rounding, saturate)
+    if isinstance(fmt, Floating):
+        return encode(codes.copysign_(ratio), fmt).reshape(x.shape)
+    return (codes + zero_point).to(fmt.storage).reshape(x.shape)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int]) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], fmt: Format) -> Tensor:
     """`(codes - zero_point) · scale` in float32 (ONNX DequantizeLinear)."""
-    scale, zero_point = expand(scale, codes.shape, block), expand(zero_point, codes.shape, block)
-    return (codes.to(torch.int32) - zero_point.to(torch.int32)).float() * scale
+    if isinstance(fmt, Floating):
+        values = decode(codes, fmt)
+    else:
+        values = (codes.to(torch.int32) - expand(zero_point, codes.shape, block).to(torch.int32)).float()
+    return values * expand(scale, codes.shape, block)
 
 
+@torch.no_grad()
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], fmt: Format, *, narrow_range: bool = False
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    block: Sequence[int],
+    fmt: Format,
+    *,
+    narrow_range: bool = False,
+    rounding: Rounding = "half_even",
+    saturate: bool = True,
 ) -> Tensor:
-    """Quantize and dequantize in one go, without leaving float; the dtype of `x` is kept."""
-    qmin, qmax = fmt.limits(narrow_range)
-    scale, zero_point = expand(scale, x.shape, block), expand(zero_point, x.shape, block)
-    codes = (torch.round(x.float() / scale) + zero_point).clamp(qmin, qmax)
-    return ((codes - zero_point) * scale).to(x.dtype)
+    """Quantize and dequantize in one go, without leaving float; the dtype of `x` is kept. No gradients: see `ste`."""
+    _check_pairs(fmt, block)
+    values, scale, zero_point = _aligned(x, scale, zero_point, block)
+    result = torch.empty_like(values, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for part in _parts(values):
+        s, zero, out = _rows(scale, part), _rows(zero_point, part), result[part]
+        torch.div(values[part], s, out=out)
+        _round_(out, zero, fmt, narrow_range, rounding, saturate).mul_(s)
+    return result.reshape(x.shape).to(x.dtype)
+
+
+def _round_(ratio: Tensor, zero_point: Tensor, fmt: Format, narrow: bool, rounding: Rounding, saturate: bool) -> Tensor:
+    """Round x / scale in place to what the codes say of it: code - zero point, or the value of a float code."""
+    if isinstance(fmt, Floating):
+        return round_to_grid_(ratio, fmt, rounding, saturate=saturate)
+    if isinstance(fmt, SharedExponents):
+        return round_pairs_(ratio, fmt, rounding)
+    lowest, highest = fmt.limits(narrow)
+    return ROUND[rounding](ratio).clamp_(lowest - zero_point, highest - zero_point)
+
+
+def _check_pairs(fmt: Format, block: Sequence[int]) -> None:
+    if isinstance(fmt, SharedExponents) and (not block or block[-1] < 2 or block[-1] % 2):
+        raise ConfigError(
+            f"{fmt.name} shares exponents between neighbours along the last axis, and blocks are {list(block)}",
+            remedy="Use groups of an even size along the last axis.",
+        )
+
+
+def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scale, zero point) that broadcast. Where blocks divide the tensor, it is viewed as [blocks, elements of
+    a block, …] dimension by dimension; else the parameters are repeated."""
+    x = x if x.dtype == torch.float32 else x.float()
+    if not block:
+        return x, scale.reshape(()), zero_point.reshape(())
+    sizes = [d if b == -1 else b for d, b in zip(x.shape, block, strict=True)]
+    if all(b in (-1, 1) for b in block):
+        return x, scale, zero_point
+    if x.numel() == 0 or any(d % b for d, b in zip(x.shape, sizes, strict=True)):
+        return x, expand(scale, x.shape, block), expand(zero_point, x.shape, block)
+    split = [n for d, b in zip(x.shape, sizes, strict=True) for n in ((d // b, b) if b > 1 else (d,))]
+    single = [n for d, b in zip(x.shape, sizes, strict=True) for n in ((d // b, 1) if b > 1 else (d,))]
+    return x.reshape(split), scale.reshape(single), zero_point.reshape(single)
+
+
+def _parts(values: Tensor) -> list[slice]:
+    """Rows of a tensor, so many at a time that they stay in the cache from one step to the next."""
+    if values.ndim == 0 or values.numel() <= CACHED:
+        return [slice(None)] if values.ndim else [...]  # type: ignore[list-item]
+    step = max(1, CACHED * len(values) // values.numel())
+    return [slice(i, i + step) for i in range(0, len(values), step)]
+
+
+def _rows(param: Tensor, part: slice) -> Tensor:
+    return param[part] if param.ndim and len(param) > 1 else param
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
-from graphq.numerics.affine import choose_qparams
+from graphq.numerics.scales import choose_qparams
 from graphq.observers.base import OBSERVERS
 from graphq.observers.histogram import SAMPLE, Histogram
 

@@ -9,7 +9,8 @@ import torch
 
 from graphq.config import QuantSpec
 from graphq.errors import CalibrationError, ConfigError
-from graphq.numerics.affine import choose_qparams, fake_quantize
+from graphq.numerics.affine import fake_quantize
+from graphq.numerics.scales import choose_qparams
 from graphq.observers import OBSERVERS, make_observer
 from graphq.observers.histogram import BINS, FLUSH, Histogram
 

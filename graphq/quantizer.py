@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
-from graphq.numerics.affine import fake_quantize
+from graphq.numerics.affine import check_divides, fake_quantize, unmasked_range
 from graphq.numerics.scales import choose_qparams
 from graphq.observers import Observer, make_observer
 
@@ -20,40 +21,69 @@ class TensorQuantizer(nn.Module):
 
     spec: what the tensor becomes. block: block shape of its scales. label: what the tensor is, for messages.
     constant: a parameter, whose range is read off once, instead of an activation that calibration observes.
+    then: quantizes the result once more, for specs that say so.
     States: "off" passes the tensor through, "observe" also shows it to the observer, "quantize" fake-quantizes it.
     """
 
     scale: Tensor
     zero_point: Tensor
+    overall: Tensor
 
-    def __init__(self, spec: QuantSpec, block: tuple[int, ...], label: str, *, constant: bool = False) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        block: tuple[int, ...],
+        label: str,
+        *,
+        constant: bool = False,
+        then: TensorQuantizer | None = None,
+    ) -> None:
         super().__init__()
-        self.spec, self.block, self.label, self.constant = spec, block, label, constant
+        self.spec, self.block, self.label, self.constant, self.then = spec, block, label, constant, then
         self.state: State = "off"
         self.observer: Observer | None = None
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
+        self.register_buffer("overall", None)
 
     def extra_repr(self) -> str:
         return f"{self.label}: {self.spec}, {self.state}"
 
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What the numerics want to know of the spec beside its format."""
+        s = self.spec
+        return {"narrow_range": s.narrow_range, "rounding": s.rounding, "saturate": s.saturate}
+
     def observe(self) -> None:
-        """Start over with a fresh observer."""
-        self.observer = make_observer(self.spec, self.block)
+        """Start over with a fresh observer; a dynamic spec observes the tensor as a whole (local), or nothing."""
+        blocks = () if self.spec.dynamic else self.block
+        self.observer = make_observer(self.spec, blocks) if self.spec.dynamic is not True else None
         self.state = "observe"
+        if self.then is not None:
+            self.then.observe()
 
     def update(self, x: Tensor) -> None:
         """Show a tensor to the observer. Raises CalibrationError that names the tensor."""
-        assert self.observer is not None
+        if not self.spec.ragged and self.block:
+            check_divides(x.shape, self.block, self.label)
         try:
-            self.observer.update(x.detach())
+            if self.observer is not None:
+                self.observer.update(x.detach())
         except CalibrationError as e:
             raise CalibrationError(
                 e.what, where=self.label, remedy="Look for the input, or the op before this tensor, that makes them."
             ) from e
+        if self.then is not None:
+            self.then.update(x)
 
     def freeze(self) -> None:
         """Fix scale and zero point from what was observed; the observer is let go."""
+        if self.then is not None:
+            self.then.freeze()
+        if self.spec.dynamic is True:
+            self.observer, self.state = None, "quantize"
+            return
         assert self.observer is not None
         try:
             lo, hi = self.observer.range()
@@ -61,15 +91,19 @@ class TensorQuantizer(nn.Module):
             raise CalibrationError(
                 e.what, where=self.label, remedy="Give calibration data that runs this part of the model."
             ) from e
-        self.set_qparams(
-            *choose_qparams(
-                lo,
-                hi,
-                self.spec.number_format,
-                symmetric=self.spec.symmetric,
-                narrow_range=self.spec.narrow_range,
-            )
-        )
+        self.overall = torch.maximum(-lo, hi).max()
+        if self.spec.dynamic:
+            self.observer, self.state = None, "quantize"
+        else:
+            self.set_qparams(*self.choose(lo, hi))
+
+    def choose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) for a range per block, as the spec wants them."""
+        s = self.spec
+        return choose_qparams(
+            lo, hi, s.number_format, symmetric=s.symmetric, narrow_range=s.narrow_range,
+            scale=s.scale, mode=s.scale_mode, span=s.span, overall=self.overall if s.scale == "e4m3" else None,
+        )  # fmt: skip
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take scale (float32) and zero point (int32), one per block, as they are."""
@@ -83,16 +117,18 @@ class TensorQuantizer(nn.Module):
             raise StateError("this tensor has no scale yet", where=self.label, remedy="Call graphq.calibrate first.")
         return self.scale, self.zero_point
 
+    def qparams_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) for this very tensor: from its own range where the spec is dynamic."""
+        if not self.spec.dynamic:
+            return self.qparams
+        if not self.spec.ragged and self.block:
+            check_divides(x.shape, self.block, self.label)
+        return self.choose(*unmasked_range(x.detach(), self.block))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.state == "quantize":
-            return fake_quantize(
-                x,
-                self.scale,
-                self.zero_point,
-                self.block,
-                self.spec.number_format,
-                narrow_range=self.spec.narrow_range,
-            )
+            x = fake_quantize(x, *self.qparams_for(x), self.block, self.spec.number_format, **self.rounding)
+            return x if self.then is None else self.then(x)
         if self.state == "observe" and not self.constant:
             self.update(x)
         return x
@@ -105,5 +141,6 @@ class TensorQuantizer(nn.Module):
 
 
 def quantizers(gm: nn.Module) -> dict[str, TensorQuantizer]:
-    """Every TensorQuantizer of a graph, by name, each once."""
-    return {n: m for n, m in gm.named_modules() if isinstance(m, TensorQuantizer)}
+    """Every TensorQuantizer of a graph, by name, each once; one that follows another belongs to that."""
+    found = {n: m for n, m in gm.named_modules() if isinstance(m, TensorQuantizer)}
+    return {n: q for n, q in found.items() if not (n.endswith(".then") and n.removesuffix(".then") in found)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, field_serializer, field_validator
@@ -16,6 +16,17 @@ from graphq.config.selectors import Layer, Selector, describe, matches, vocabula
 from graphq.errors import ConfigError, did_you_mean
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """The scheme of one layer and the words that say which rule gave it."""
+
+    scheme: Scheme | None
+    because: str
+
+
+Part = Literal["weight", "input", "output", "bias"]
+
+
 class Rule(ConfigModel):
     """The layers that `select` chooses are quantized by `scheme`, or left float where it is None."""
 
@@ -23,6 +34,9 @@ class Rule(ConfigModel):
 
     select: Selector = Field(description="Module path, 're:…', glob, class, op, or callable (see selectors).")
     scheme: Scheme | None = Field(None, description="A Scheme, the name of one, or None for float.")
+    only: tuple[Part, ...] | None = Field(
+        None, description="The tensors it decides on: weight, input, output; earlier rules keep the others. None: all."
+    )
     reason: str = Field("", description="Why; `explain` prints it.")
     optional: bool = Field(False, description="Matching nothing in a model is fine (for rules in presets).")
 
@@ -49,13 +63,16 @@ class Rule(ConfigModel):
             )
         return select
 
-
-@dataclass(frozen=True)
-class Resolution:
-    """The scheme of one layer and the words that say which rule gave it."""
-
-    scheme: Scheme | None
-    because: str
+    def upon(self, earlier: Resolution, because: str) -> Resolution:
+        """What holds for a layer for which earlier rules said `earlier`."""
+        if self.only is None:
+            return Resolution(self.scheme, because)
+        parts: dict[str, Any] = {p: getattr(self.scheme, p) if self.scheme else None for p in self.only}
+        scheme = (earlier.scheme or Scheme()).model_copy(update=parts)
+        changed = f"{because} for {' and '.join(self.only)}"
+        return Resolution(
+            None if scheme == Scheme() else scheme, f"{earlier.because}; {changed}" if earlier.scheme else changed
+        )
 
 
 class QuantConfig(ConfigModel):
@@ -79,12 +96,12 @@ class QuantConfig(ConfigModel):
         for selector in self.ignore:
             if matches(selector, layer):
                 return Resolution(None, f"ignored by {describe(selector)}")
-        for number in range(len(self.rules) - 1, -1, -1):
-            rule = self.rules[number]
+        found = Resolution(None, "no rule selects it")
+        for number, rule in enumerate(self.rules, 1):
             if matches(rule.select, layer):
                 why = f" ({rule.reason})" if rule.reason else ""
-                return Resolution(rule.scheme, f"rule {number + 1}: {describe(rule.select)}{why}")
-        return Resolution(None, "no rule selects it")
+                found = rule.upon(found, f"rule {number}: {describe(rule.select)}{why}")
+        return found
 
     def check(self, layers: list[Layer]) -> None:
         """Raises ConfigError for a selector that chooses nothing in this model."""

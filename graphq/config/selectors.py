@@ -6,6 +6,7 @@
 "Linear"                      a module class: its name, a base class's name, or the qualified name
 torch.nn.Linear               the class itself
 "aten.softmax", "linear"      an ATen op (any overload), or a family of the op table
+"linear & *mlp*"              both; "linear | conv": either ("&" binds closer)
 lambda layer: …               a callable on the layer (`path`, `types`, `op`, `family`, `name`)
 """
 
@@ -42,6 +43,9 @@ def matches(selector: Selector, layer: Layer) -> bool:
         return f"{selector.__module__}.{selector.__qualname__}" in layer.types
     if callable(selector):
         return bool(selector(layer))
+    if not selector.startswith("re:") and (" | " in selector or " & " in selector):
+        either = [part.split(" & ") for part in selector.split(" | ")]
+        return any(all(matches(s.strip(), layer) for s in both) for both in either)
     if selector.startswith("re:"):
         try:
             return re.fullmatch(selector[3:], layer.path) is not None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphq.errors import PassError
 from graphq.graph.decision import decision_of
 from graphq.graph.infer import infer
-from graphq.graph.ops import DEQUANTIZE, QUANTIZE
+from graphq.graph.ops import AGAIN, DEQUANTIZE, QUANTIZE
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter
 
@@ -121,7 +121,7 @@ def no_dangling_quantizer(gm: fx.GraphModule) -> str | None:
 
 
 def one_quantizer_per_edge(gm: fx.GraphModule) -> str | None:
-    """A tensor is quantized once, however many ops read it, and never twice in a row."""
+    """A tensor is quantized once, however many ops read it, and twice in a row only where a spec says so (`then`)."""
     seen: dict[fx.Node, fx.Node] = {}
     for node in _quantizers(gm):
         source = node.args[0]
@@ -129,7 +129,7 @@ def one_quantizer_per_edge(gm: fx.GraphModule) -> str | None:
             continue
         if source in seen:
             return f"{source.name} is quantized by {seen[source].name} and again by {node.name}"
-        if source.op == "call_module" or source.target is DEQUANTIZE:
+        if (source.op == "call_module" or source.target is DEQUANTIZE) and AGAIN not in node.meta:
             return f"{node.name} quantizes what {source.name} has quantized"
         seen[source] = node
     return None

@@ -2,31 +2,52 @@
 
     quantize(x, scale, zero_point, block, format)          float tensor → codes
     dequantize(codes, scale, zero_point, block, format)    codes → float32 tensor
+    choose_qparams(x, block, format, kind, overall)        → scale, zero point of this very tensor (dynamic specs)
 
-They are the only two quantization ops between convert and lower. `block` is the block shape of
-`graphq.numerics.affine`, `format` a name of the format table; a trailing "!" on it stands for the narrow range.
+The first two are the only quantization ops between convert and lower. `block` is the block shape of
+`graphq.numerics.affine`. `format` is a name of the format table, "!" for the narrow range, and what differs from the
+usual: "int8!", "fp8_e5m2:unsaturated", "int4:floor". `kind` says the same of scales: "symmetric e8m0 even positive".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphq.numerics import affine
+from graphq.config.spec import QuantSpec
+from graphq.numerics import affine, scales
 from graphq.numerics.formats import Format, get_format
+
+
+def format_text(spec: QuantSpec) -> str:
+    """What `format` says of a spec."""
+    text = spec.format + ("!" if spec.narrow_range else "")
+    text += "" if spec.rounding == "half_even" else f":{spec.rounding}"
+    return text + ("" if spec.saturate else ":unsaturated")
+
+
+def kind_text(spec: QuantSpec) -> str:
+    """What `kind` says of a spec."""
+    return f"{'symmetric' if spec.symmetric else 'affine'} {spec.scale} {spec.scale_mode} {spec.span}"
 
 
 def parse_format(text: str) -> tuple[Format, bool]:
     """("int8!") → (the int8 row, narrow range)."""
-    return get_format(text.removesuffix("!")), text.endswith("!")
+    name = text.partition(":")[0]
+    return get_format(name.removesuffix("!")), name.endswith("!")
 
 
 @torch.library.custom_op("graphq::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], format: str) -> Tensor:
     fmt, narrow = parse_format(format)
-    return affine.quantize(x, scale, zero_point, block, fmt, narrow_range=narrow)
+    flags = set(format.split(":")[1:])
+    rounding: Any = next(iter(flags - {"unsaturated"}), "half_even")
+    return affine.quantize(
+        x, scale, zero_point, block, fmt, narrow_range=narrow, rounding=rounding, saturate="unsaturated" not in flags
+    )
 
 
 @quantize.register_fake
@@ -44,5 +65,24 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], fo
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@torch.library.custom_op("graphq::choose_qparams", mutates_args=())
+def choose_qparams(
+    x: Tensor, block: Sequence[int], format: str, kind: str, overall: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    fmt, narrow = parse_format(format)
+    symmetry, scale, mode, span = kind.split()
+    options: Any = {"scale": scale, "mode": mode, "span": span, "overall": overall}
+    lo, hi = affine.unmasked_range(x, block)
+    return scales.choose_qparams(lo, hi, fmt, symmetric=symmetry == "symmetric", narrow_range=narrow, **options)
+
+
+@choose_qparams.register_fake
+def _(x: Tensor, block: Sequence[int], format: str, kind: str, overall: Tensor | None) -> tuple[Tensor, Tensor]:
+    sizes = [1 if b == -1 else -(-d // b) for d, b in zip(x.shape, block, strict=True)] if block else []
+    return x.new_empty(sizes, dtype=torch.float32), x.new_empty(sizes, dtype=torch.int32)
+
+
+AGAIN = "graphq_again"  # in the meta of a quantize that is meant to quantize what has been quantized
 QUANTIZE = torch.ops.graphq.quantize.default
 DEQUANTIZE = torch.ops.graphq.dequantize.default
+CHOOSE_QPARAMS = torch.ops.graphq.choose_qparams.default

@@ -26,6 +26,7 @@ from graphq.numerics.formats import Floating, Format, SharedExponents
 from graphq.numerics.microscaling import round_pairs_
 from graphq.numerics.rounding import ROUND, Rounding
 
+MASK_VALUE = -1e30  # additive attention masks are -inf or the lowest float; no activation reaches this
 CACHED = 1 << 19  # float32 values
 
 
@@ -60,6 +61,23 @@ def range_of(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     lo, hi = parts.aminmax(dim=-1)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     return (lo, hi) if block else (lo.reshape(()), hi.reshape(()))
+
+
+def unmasked_range(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`range_of` without additive masks (-inf, or the lowest floats): what a dynamic range is found from."""
+    x = x.float()
+    return range_of(x.masked_fill(x <= MASK_VALUE, 0.0), block)
+
+
+def check_divides(shape: Sequence[int], block: Sequence[int], where: str | None = None) -> None:
+    """Raises ConfigError where the last block of a dimension would be ragged."""
+    for dim, (size, b) in enumerate(zip(shape, block, strict=True) if block else ()):
+        if b > 1 and size % b:
+            raise ConfigError(
+                f"{size} values along dimension {dim} are no multiple of {b}",
+                where=where,
+                remedy="Choose a group size that divides it, another axis, or ragged: true, which fills up with zeros.",
+            )
 
 
 def quantize(

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError
+from graphq.numerics.affine import MASK_VALUE
 from graphq.registry import Registry
-
-MASK_VALUE = -1e30  # additive attention masks are -inf or the lowest float; no activation reaches this
 
 
 class Observer(Protocol):

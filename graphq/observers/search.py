@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
+from graphq.numerics.floating import round_to_grid_
+from graphq.numerics.formats import Floating
 from graphq.numerics.scales import choose_qparams
 from graphq.observers.base import OBSERVERS
 from graphq.observers.histogram import SAMPLE, Histogram
@@ -63,10 +65,16 @@ class RangeSearch:
 
     def _codes(self, centers: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, values) [candidates, bins] of the bin centers under each range."""
-        fmt, narrow = self.spec.number_format, self.spec.narrow_range
-        scale, zero = choose_qparams(lo, hi, fmt, symmetric=self.spec.symmetric, narrow_range=narrow)
+        s, fmt = self.spec, self.spec.number_format
+        kind = "float" if s.scale == "e4m3" else s.scale  # the scale over all blocks is not known yet
+        scale, zero = choose_qparams(
+            lo, hi, fmt, symmetric=s.symmetric, narrow_range=s.narrow_range, scale=kind, mode=s.scale_mode, span=s.span
+        )
         step, middle = scale.double()[:, None], zero.double()[:, None]
-        codes = (torch.round(centers / step) + middle).clamp(*fmt.limits(narrow))
+        if isinstance(fmt, Floating):
+            codes = round_to_grid_((centers / step).float(), fmt).double()
+            return codes, codes * step
+        codes = (torch.round(centers / step) + middle).clamp(*fmt.limits(s.narrow_range))
         return codes, (codes - middle) * step
 
 
@@ -94,9 +102,8 @@ class Entropy(RangeSearch):
         if not bool(inside.any()):
             return torch.tensor(float("inf"), dtype=torch.float64, device=counts.device)
         p = counts[inside].clone()
-        index = (codes[inside] - codes.min()).long()
-        levels = int(index.max()) + 1
-        held = torch.zeros(levels, dtype=p.dtype, device=p.device).scatter_add_(0, index, p)
+        levels, index = codes[inside].unique(return_inverse=True)
+        held = torch.zeros(len(levels), dtype=p.dtype, device=p.device).scatter_add_(0, index, p)
         width = torch.zeros_like(held).scatter_add_(0, index, torch.ones_like(p))
         q = (held / width)[index]
         p[0] += counts[centers < lo].sum()

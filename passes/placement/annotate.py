@@ -137,6 +137,8 @@ def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config
 
 def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target: Target, match: Match) -> str:
     """Why a group with a kernel and a scheme stays float, or ''."""
+    if pattern.weight and scheme.weight is not None:
+        _check_weight(scheme.weight, target, f"scheme of {match.root.where()}")
     if scheme.input is None:
         return "the scheme quantizes weights only" if pattern.weight else "the scheme leaves activations float"
     if pattern.weight and scheme.weight is None:
@@ -160,7 +162,9 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
             where=where,
             remedy=f"Leave axis out: the output channels are axis {pattern.weight_axis}.",
         )
-    if pattern.weight and scheme.weight is not None and scheme.weight.granularity in ("group", "block"):
+    if target.weight_formats is None or scheme.weight is None or not pattern.weight:
+        return ""
+    if scheme.weight.granularity not in ("tensor", "channel"):
         raise TargetError(
             f"no integer kernel of {target.name} takes weights with a scale per {scheme.weight.granularity}",
             where=where,
@@ -169,13 +173,34 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
     return ""
 
 
+def _check_weight(spec: QuantSpec, target: Target, where: str) -> None:
+    if target.weight_formats is None:
+        return
+    if spec.format not in target.weight_formats or spec.then is not None:
+        raise TargetError(
+            f"{target.name} has no kernels for weights in {spec.format}{', then another format' if spec.then else ''}",
+            where=where,
+            remedy=f"Use one of: {', '.join(sorted(target.weight_formats))}; target 'simulation' takes every format.",
+        )
+    if spec.dynamic:
+        raise TargetError("the range of a weight is known", where=where, remedy="dynamic: false for weights.")
+
+
 def _check_activation(spec: QuantSpec, target: Target, where: str) -> None:
+    if spec.granularity in ("group", "block") and not spec.dynamic:
+        raise TargetError(
+            f"a static scale per {spec.granularity} needs activations of one size",
+            where=where,
+            remedy="dynamic: true (or 'local' for nvfp4) finds the scales of every call.",
+        )
+    if target.activation_formats is None:
+        return
     if spec.dynamic:
         raise TargetError("dynamic activations are not placed for this target", where=where, remedy="dynamic: false.")
     if spec.format not in target.activation_formats:
         known = ", ".join(sorted(target.activation_formats))
         raise TargetError(f"{target.name} has no kernels for {spec.format} activations", where=where,
-                          remedy=f"Use one of: {known}.")  # fmt: skip
+                          remedy=f"Use one of: {known}; target 'simulation' takes every format.")  # fmt: skip
     if spec.granularity != "tensor":
         raise TargetError(
             f"{target.name} fails at run time with a scale per {spec.granularity} on activations",

@@ -41,8 +41,7 @@ class _Placer:
             for member in decision.members:
                 member.replace_input_with(source, quantized)
         if decision.weight is not None and decision.weight_spec is not None:
-            block = decision.weight_spec.block_for(value_of(decision.weight).ndim, decision.weight_axis)
-            quantized = self.quantized(decision.weight, decision.weight_spec, block, constant=True)
+            quantized = self.quantized(decision.weight, decision.weight_spec, decision.weight_axis, constant=True)
             node.replace_input_with(decision.weight, quantized)
         if decision.action == "carry":
             self._carry(node)
@@ -50,13 +49,16 @@ class _Placer:
             root = decision.members[0]
             self._redirect(root, self.quantized(root, decision.output))
 
-    def quantized(
-        self, tensor: fx.Node, spec: QuantSpec, block: tuple[int, ...] = (), *, constant: bool = False
-    ) -> fx.Node:
+    def quantized(self, tensor: fx.Node, spec: QuantSpec, channel_axis: int = -1, *, constant: bool = False) -> fx.Node:
         """The node that quantizes a tensor; made once."""
         if tensor not in self.placed:
             constant = constant or parameter(self.gm, tensor) is not None
-            quantizer = TensorQuantizer(spec, block, _label(tensor), constant=constant)
+            rank, label = value_of(tensor).ndim, _label(tensor)
+            again = None
+            if spec.then is not None:
+                block = spec.then.block_for(rank, channel_axis)
+                again = TensorQuantizer(spec.then, block, f"{label}, again", constant=constant)
+            quantizer = TensorQuantizer(spec, spec.block_for(rank, channel_axis), label, constant=constant, then=again)
             name = tensor.name
             self.gm.get_submodule(FOLDER).add_module(name, quantizer)
             self._call(f"{FOLDER}.{name}", tensor)

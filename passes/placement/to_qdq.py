@@ -2,14 +2,19 @@
 
 x ── TensorQuantizer ── y        ⇒    x ── quantize ── dequantize ── y
 weight ── TensorQuantizer ── y   ⇒    codes ── dequantize ── y
+
+Where the spec is dynamic, choose_qparams gives the scale of every tensor anew.
 """
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor, fx
 
 from graphq.graph.fork import own_folder
-from graphq.graph.ops import DEQUANTIZE, QUANTIZE
+from graphq.graph.infer import infer
+from graphq.graph.ops import AGAIN, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, format_text, kind_text
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
@@ -23,40 +28,69 @@ def to_qdq(gm: fx.GraphModule) -> None:
     calls = [n for n in gm.graph.nodes if n.op == "call_module"]
     shared = {str(n.target): quantizer_at(gm, n) for n in calls}
     for name, quantizer in shared.items():
-        scale, zero_point = quantizer.qparams
-        holder = own_folder(gm, name)
-        holder.register_buffer("scale", scale)
-        holder.register_buffer("zero_point", zero_point)
+        hold(gm, name, quantizer)
+        if quantizer.then is not None:
+            hold(gm, f"{name}_then", quantizer.then)
     for node in calls:
-        _replace(gm, node, shared[str(node.target)])
+        source, quantizer = node.args[0], shared[str(node.target)]
+        assert isinstance(source, fx.Node)
+        value = _pair(gm, node, source, quantizer, str(node.target))
+        if quantizer.then is not None:
+            value = _pair(gm, node, value, quantizer.then, f"{node.target}_then", again=True)
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
     finish(gm)
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node, quantizer: TensorQuantizer) -> None:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    narrow = "!" if quantizer.spec.narrow_range else ""
-    block, form = list(quantizer.block), quantizer.spec.format + narrow
+def hold(gm: fx.GraphModule, name: str, quantizer: TensorQuantizer) -> None:
+    """Keep what a quantizer has calibrated as tensors of the graph, in its place."""
+    holder = own_folder(gm, name)
+    if quantizer.spec.dynamic:
+        holder.register_buffer("overall", quantizer.overall)
+    else:
+        scale, zero_point = quantizer.qparams
+        holder.register_buffer("scale", scale)
+        holder.register_buffer("zero_point", zero_point)
+
+
+def _pair(
+    gm: fx.GraphModule, node: fx.Node, source: fx.Node, quantizer: TensorQuantizer, name: str, *, again: bool = False
+) -> fx.Node:
+    """quantize and dequantize in front of the quantizer's call; of a constant only dequantize, on its codes."""
+    block, form = list(quantizer.block), format_text(quantizer.spec)
+    constant = parameter(gm, source)
     with gm.graph.inserting_before(node):
-        scale = _read(gm, f"{node.target}.scale", quantizer.scale)
-        zero = _read(gm, f"{node.target}.zero_point", quantizer.zero_point)
-        constant = parameter(gm, source)
-        if constant is not None:
+        scale, zero = _qparams(gm, source, quantizer, name)
+        if constant is not None and not quantizer.spec.dynamic:
             codes_value = quantize(
                 constant.detach(),
                 *quantizer.qparams,
                 quantizer.block,
                 quantizer.spec.number_format,
-                narrow_range=quantizer.spec.narrow_range,
+                **quantizer.rounding,
             )
-            codes = _read(gm, set_parameter(gm, f"{node.target}.codes", codes_value), codes_value)
+            codes = _read(gm, set_parameter(gm, f"{name}.codes", codes_value), codes_value)
         else:
             codes = gm.graph.call_function(QUANTIZE, (source, scale, zero, block, form))
-            codes.meta = {**node.meta, "val": _like(source, quantizer)}
+            codes.meta = {**node.meta, "val": _like(source, quantizer)} | ({AGAIN: True} if again else {})
         value = gm.graph.call_function(DEQUANTIZE, (codes, scale, zero, block, form))
     value.meta = dict(node.meta)
-    node.replace_all_uses_with(value)
-    gm.graph.erase_node(node)
+    return value
+
+
+def _qparams(gm: fx.GraphModule, source: fx.Node, quantizer: TensorQuantizer, name: str) -> tuple[fx.Node, fx.Node]:
+    """Scale and zero point: read, or computed from the tensor where the spec is dynamic."""
+    spec = quantizer.spec
+    if not spec.dynamic:
+        return _read(gm, f"{name}.scale", quantizer.scale), _read(gm, f"{name}.zero_point", quantizer.zero_point)
+    overall = _read(gm, f"{name}.overall", quantizer.overall) if quantizer.overall is not None else None
+    args = (source, list(quantizer.block), format_text(spec), kind_text(spec), overall)
+    both = gm.graph.call_function(CHOOSE_QPARAMS, args)
+    parts = [gm.graph.call_function(operator.getitem, (both, i)) for i in range(2)]
+    both.meta["val"] = infer(both)
+    for part, value in zip(parts, both.meta["val"], strict=True):
+        part.meta["val"] = value
+    return parts[0], parts[1]
 
 
 def _like(source: fx.Node, quantizer: TensorQuantizer) -> Tensor | None:

@@ -53,6 +53,7 @@ class Target:
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
         writes it, for ops that torch.onnx does not know.
+    activation_formats, weight_formats: what its kernels take; None: every format there is, with every granularity.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -61,8 +62,8 @@ class Target:
     kernels: Mapping[str, Sequence[Kernel]]
     float_reasons: Mapping[str, str]
     weight_only_notes: Mapping[str, str]
-    activation_formats: frozenset[str]
-    weight_formats: frozenset[str]
+    activation_formats: frozenset[str] | None
+    weight_formats: frozenset[str] | None
     saturates: bool
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
     reference: Callable[[fx.GraphModule], fx.GraphModule]

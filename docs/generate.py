@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, QUARK
 from graphq.config.presets import CONFIGS
 from graphq.graph.match import Match
 from graphq.graph.optable import FAMILIES
@@ -34,7 +35,12 @@ def configuration() -> str:
     formats = ", ".join(f"`{n}`" for n in FORMATS)
     parts.append(f"## Formats\n\n{formats}")
     for name, config in CONFIGS.items():
+        if name in KNOWN_CONFIGS:
+            continue
         parts.append(f"## Preset `{name}`\n\n```yaml\n{config.to_yaml()}```")
+    for source, table in (("llm-compressor", LLM_COMPRESSOR), ("ModelOpt", MODELOPT), ("AMD Quark", QUARK)):
+        lines = "\n".join(f"| `{n}` | {s.weight or ''} | {s.input or ''} |" for n, s in table.items())
+        parts.append(f"## Presets of {source}\n\n| name | weight | input |\n|---|---|---|\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from graphq import api, cli_authoring
 from graphq.config import QuantConfig
+from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
 from graphq.errors import ExportError, GraphqError
@@ -214,8 +215,11 @@ def presets(as_json: JsonOption = False) -> None:
         return
     table = Table("preset", "rule", "scheme", "reason")
     for name, config in CONFIGS.items():
+        if name.startswith("quark:") and name.removeprefix("quark:") in KNOWN_CONFIGS:
+            continue
         for rule in config.rules:
-            table.add_row(name, str(rule.select), str(rule.scheme or "float"), rule.reason)
+            if rule.scheme is not None or name not in KNOWN_CONFIGS:
+                table.add_row(name, str(rule.select), str(rule.scheme or "float"), rule.reason)
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +153,14 @@ class QuantConfig(ConfigModel):
             )
         if str(source) in CONFIGS:
             return CONFIGS[str(source)]
+        from graphq.config.known import WITH_ALGORITHM
+
+        if str(source) in WITH_ALGORITHM:
+            preset, algorithm = WITH_ALGORITHM[str(source)]
+            raise ConfigError(
+                f"{source} is a format with the weight algorithm {algorithm}, which is not there yet",
+                remedy=f"Its format alone is the preset {preset!r}.",
+            )
         path = Path(source)
         if path.suffix in (".yaml", ".yml", ".json"):
             if not path.exists():
@@ -161,3 +170,38 @@ class QuantConfig(ConfigModel):
             f"unknown preset {str(source)!r}",
             remedy=did_you_mean(str(source), CONFIGS) + " Or give the path of a .yaml or .json file.",
         )
+
+    @staticmethod
+    def from_config_groups(groups: Any, ignore: Sequence[str] = (), *, name: str = "config_groups") -> QuantConfig:
+        """llm-compressor's config_groups: see `graphq.config.imports.config_groups`."""
+        from graphq.config.imports.config_groups import from_config_groups
+
+        return from_config_groups(groups, ignore, name=name)
+
+    @staticmethod
+    def from_modelopt(config: Any, *, name: str = "modelopt") -> QuantConfig:
+        """A ModelOpt config, list or dict: see `graphq.config.imports.modelopt`."""
+        from graphq.config.imports.modelopt import from_modelopt
+
+        return from_modelopt(config, name=name)
+
+    @staticmethod
+    def from_quark(config: Any, *, name: str = "quark") -> QuantConfig:
+        """The dict form of AMD Quark's QConfig: see `graphq.config.imports.quark`."""
+        from graphq.config.imports.quark import from_quark
+
+        return from_quark(config, name=name)
+
+    @staticmethod
+    def from_onecomp(**filters: Any) -> QuantConfig:
+        """OneComp's six filters and num_layers: see `graphq.config.imports.onecomp`."""
+        from graphq.config.imports.onecomp import from_onecomp
+
+        return from_onecomp(**filters)
+
+    @staticmethod
+    def from_tico(config: Any, *, name: str = "tico") -> QuantConfig:
+        """TICO's PTQConfig as a mapping: see `graphq.config.imports.tico`."""
+        from graphq.config.imports.tico import from_tico
+
+        return from_tico(config, name=name)

@@ -1,8 +1,9 @@
-"""Named schemes and configs: data only."""
+"""Named schemes and configs: our own here, those of other systems in `graphq.config.known`."""
 
 from __future__ import annotations
 
 from graphq.config.config import QuantConfig, Rule
+from graphq.config.known import KNOWN_CONFIGS, KNOWN_SCHEMES
 from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
 
@@ -10,12 +11,14 @@ WEIGHT_INT8 = QuantSpec(format="int8", symmetric=True, granularity="channel", na
 ACTIVATION_UINT8 = QuantSpec(format="uint8", symmetric=False, granularity="tensor", observer="mse")
 
 SCHEMES: dict[str, Scheme] = {
+    **KNOWN_SCHEMES,
     "int8": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_UINT8),
     "int8_weight_only": Scheme(weight=WEIGHT_INT8),
     "float": Scheme(),
 }
 
 CONFIGS: dict[str, QuantConfig] = {
+    **KNOWN_CONFIGS,
     "int8": QuantConfig(
         name="int8",
         bias_correction=True,

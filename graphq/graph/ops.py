@@ -11,11 +11,12 @@ usual: "int8!", "fp8_e5m2:unsaturated", "int4:floor". `kind` says the same of sc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphq.config.spec import QuantSpec
 from graphq.numerics import affine, scales
@@ -86,3 +87,10 @@ AGAIN = "graphq_again"  # in the meta of a quantize that is meant to quantize wh
 QUANTIZE = torch.ops.graphq.quantize.default
 DEQUANTIZE = torch.ops.graphq.dequantize.default
 CHOOSE_QPARAMS = torch.ops.graphq.choose_qparams.default
+
+
+def is_quantization(node: fx.Node) -> bool:
+    """Is this node one of ours, and no op of the model?"""
+    if node.target is operator.getitem:
+        return getattr(node.args[0], "target", None) is CHOOSE_QPARAMS
+    return node.target in (QUANTIZE, DEQUANTIZE, CHOOSE_QPARAMS)

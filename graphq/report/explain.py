@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from graphq.errors import StateError, did_you_mean
 from graphq.evaluate.taps import load_model, optimized_model
 from graphq.graph.decision import Decision, decision_of
-from graphq.graph.ops import DEQUANTIZE, QUANTIZE
+from graphq.graph.ops import QUANTIZE, is_quantization
 from graphq.graph.view import LayerView
 
 INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "DynamicQuantizeMatMul", "ConvInteger")
@@ -86,7 +86,7 @@ def explain(gm: fx.GraphModule, onnx_path: str | Path | None = None) -> Explanat
     found = _Found(gm, onnx_path) if onnx_path is not None else None
     rows = []
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target in (QUANTIZE, DEQUANTIZE):
+        if node.op != "call_function" or is_quantization(node):
             continue
         decision = decision_of(node)
         if decision is None:

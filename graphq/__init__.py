@@ -14,6 +14,7 @@ from graphq.errors import GraphqError
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
 from graphq.passes.targets import get_target
+from graphq.qat import fold_weights, qat
 from graphq.report.explain import explain
 from graphq.report.html import report
 
@@ -32,9 +33,11 @@ __all__ = [
     "convert",
     "explain",
     "export",
+    "fold_weights",
     "get_target",
     "prepare",
     "presets",
+    "qat",
     "quantize",
     "report",
     "verify",

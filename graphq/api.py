@@ -35,6 +35,7 @@ from graphq.passes.placement import (
     to_qdq,
 )
 from graphq.passes.targets import Target, get_target
+from graphq.qat import FOLDED, TRAINED, settle
 from graphq.quantizer import TensorQuantizer, quantizers
 
 STAGE = "graphq_stage"
@@ -165,6 +166,15 @@ def _observe_constants(gm: fx.GraphModule) -> None:
             quantizer.update(tensor)
 
 
+def _after_training(trained: fx.GraphModule) -> fx.GraphModule:
+    """Weights and biases have moved since calibration, and must fit the kernels again."""
+    gm = settle(trained)
+    fit_bias(gm)
+    if gm.meta["graphq_target"].saturates:
+        guard_saturation(gm)
+    return gm
+
+
 @uncollected()
 def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     """Replace quantizers by graphq::quantize and graphq::dequantize, weights and biases by integer codes.
@@ -172,7 +182,12 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     A new graph; the calibrated one stays as it is.
     """
     _expect(calibrated, "calibrated", "convert", "Call graphq.prepare and graphq.calibrate first.")
-    gm = fork(calibrated)
+    if FOLDED in calibrated.meta:
+        raise StateError(
+            "the weights of this graph are folded: their codes and float values are gone",
+            remedy="Convert the calibrated graph that was folded; fold_weights gave a copy.",
+        )
+    gm = _after_training(calibrated) if TRAINED in calibrated.meta else fork(calibrated)
     quantize_bias(gm)
     to_qdq(gm)
     check_stage(gm, after="to_qdq")

@@ -11,9 +11,12 @@ from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
 from graphq.numerics.affine import check_divides, fake_quantize, unmasked_range
 from graphq.numerics.scales import choose_qparams
+from graphq.numerics.ste import ceil_through, fake_quantize_through, relative, round_through
 from graphq.observers import Observer, make_observer
 
-State = Literal["off", "observe", "quantize"]
+State = Literal["off", "observe", "quantize", "train"]
+Learn = Literal["", "scale", "offset", "threshold"]
+SMALLEST_GROWTH = 1e-4  # a scale that training drives below zero would turn the sign of all values
 
 
 class TensorQuantizer(nn.Module):
@@ -22,12 +25,16 @@ class TensorQuantizer(nn.Module):
     spec: what the tensor becomes. block: block shape of its scales. label: what the tensor is, for messages.
     constant: a parameter, whose range is read off once, instead of an activation that calibration observes.
     then: quantizes the result once more, for specs that say so.
-    States: "off" passes the tensor through, "observe" also shows it to the observer, "quantize" fake-quantizes it.
+    States: "off" passes the tensor through, "observe" also shows it to the observer, "quantize" fake-quantizes it,
+        "train" does so with gradients (`trainable`).
     """
 
     scale: Tensor
     zero_point: Tensor
     overall: Tensor
+    growth: nn.Parameter | None  # scale = growth · calibrated scale
+    exponent: nn.Parameter | None  # scale = 2^ceil(exponent)
+    offset: nn.Parameter | None  # zero point = round(offset)
 
     def __init__(
         self,
@@ -42,9 +49,13 @@ class TensorQuantizer(nn.Module):
         self.spec, self.block, self.label, self.constant, self.then = spec, block, label, constant, then
         self.state: State = "off"
         self.observer: Observer | None = None
+        self.learn: Learn = ""
+        self.clip = True
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
         self.register_buffer("overall", None)
+        for learned in ("growth", "exponent", "offset"):
+            self.register_parameter(learned, None)
 
     def extra_repr(self) -> str:
         return f"{self.label}: {self.spec}, {self.state}"
@@ -115,7 +126,44 @@ class TensorQuantizer(nn.Module):
         """(scale, zero point). Raises StateError before calibration."""
         if self.scale is None:
             raise StateError("this tensor has no scale yet", where=self.label, remedy="Call graphq.calibrate first.")
+        if self.state == "train":
+            scale, zero_point = self.trained()
+            return scale.detach(), zero_point.detach().to(torch.int32)
         return self.scale, self.zero_point
+
+    def trainable(self, learn: Learn, *, clip: bool) -> None:
+        """From now on gradients flow. learn: what is trained of the scale: nothing, the scale (LSQ), also the zero
+        point ("offset", of affine specs), or the exponent of a power of two ("threshold", TQT)."""
+        self.state, self.clip, self.learn = "train", clip, "" if self.spec.dynamic else learn
+        if self.then is not None:
+            self.then.trainable(learn, clip=clip)
+        if self.learn == "threshold":
+            self.exponent = nn.Parameter(torch.log2(self.scale.detach()))
+        elif self.learn:
+            self.growth = nn.Parameter(torch.ones_like(self.scale))
+        if self.learn == "offset" and not self.spec.symmetric:
+            self.offset = nn.Parameter(self.zero_point.detach().float())
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """(scale, zero point), both float, as functions of what is learned."""
+        scale, zero_point = self.scale, self.zero_point.float()
+        if self.exponent is not None:
+            scale = torch.exp2(ceil_through(self.exponent))
+        if self.growth is not None:
+            scale = relative(scale, self.growth.clamp(min=SMALLEST_GROWTH))
+        if self.offset is not None:
+            lowest, highest = self.spec.number_format.limits(self.spec.narrow_range)
+            zero_point = round_through(self.offset.clamp(lowest, highest))
+        return scale, zero_point
+
+    def settle(self) -> None:
+        """Fix what was trained: no parameters and no gradients any more."""
+        if not self.spec.dynamic:
+            self.set_qparams(*(v.clone() for v in self.qparams))
+        self.exponent = self.growth = self.offset = None
+        self.observer, self.state, self.learn = None, "quantize", ""
+        if self.then is not None:
+            self.then.settle()
 
     def qparams_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero point) for this very tensor: from its own range where the spec is dynamic."""
@@ -126,12 +174,25 @@ class TensorQuantizer(nn.Module):
         return self.choose(*unmasked_range(x.detach(), self.block))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.state == "train":
+            if self.observer is not None and not self.constant:
+                self._follow(x)
+            scale, zero = self.qparams_for(x) if self.spec.dynamic else self.trained()
+            fmt = self.spec.number_format
+            x = fake_quantize_through(x, scale, zero.float(), self.block, fmt, clip=self.clip, **self.rounding)
+            return x if self.then is None else self.then(x)
         if self.state == "quantize":
             x = fake_quantize(x, *self.qparams_for(x), self.block, self.spec.number_format, **self.rounding)
             return x if self.then is None else self.then(x)
         if self.state == "observe" and not self.constant:
             self.update(x)
         return x
+
+    def _follow(self, x: Tensor) -> None:
+        """Let the range follow what the observer has seen so far."""
+        self.update(x)
+        assert self.observer is not None
+        self.scale, self.zero_point = self.choose(*self.observer.range())
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"state": self.state}

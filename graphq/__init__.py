@@ -17,6 +17,7 @@ from graphq.passes.targets import get_target
 from graphq.qat import fold_weights, qat
 from graphq.report.explain import explain
 from graphq.report.html import report
+from graphq.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -35,10 +36,12 @@ __all__ = [
     "export",
     "fold_weights",
     "get_target",
+    "load",
     "prepare",
     "presets",
     "qat",
     "quantize",
     "report",
+    "save",
     "verify",
 ]

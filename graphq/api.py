@@ -22,6 +22,7 @@ from graphq.graph.garbage import uncollected
 from graphq.graph.invariants import check_stage, decided
 from graphq.graph.passes import Pipeline
 from graphq.graph.view import parameter
+from graphq.nn import first_call, with_registered
 from graphq.passes.canonical import canonical_pipeline
 from graphq.passes.placement import (
     annotate,
@@ -97,7 +98,7 @@ def prepare(
             f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
         )
     config, target = QuantConfig.load(config), get_target(target)
-    captured = capture(model, args, kwargs, dynamic_shapes)
+    captured = capture(with_registered(model), args, kwargs, dynamic_shapes)  # type: ignore[arg-type]
     _expect_float32(captured)
     with uncollected():
         gm = fork(captured)
@@ -223,9 +224,12 @@ def quantize(
         raise CalibrationError("there is no calibration data", remedy=NO_DATA)
     args = (args,) if isinstance(args, Tensor) else args
     if callable(data) and not hasattr(data, "__iter__") and not args and not kwargs:
-        raise CalibrationError(
-            "data is a function, so there is no batch to trace the model with", remedy="Give args or kwargs too."
-        )
+        args, kwargs = first_call(model, data) if isinstance(model, nn.Module) else ((), {})
+        if not args and not kwargs:
+            raise CalibrationError(
+                "data is a function that does not call the model, so there is no batch to trace it with",
+                remedy="Let it run the model that it is given, or give args or kwargs too.",
+            )
     if not args and not kwargs and not isinstance(model, ExportedProgram) and not stage_of(model):
         data = list(data) if not hasattr(data, "__len__") else data
         first = next(batches_of(data), None)

@@ -83,6 +83,19 @@ def _(x: Tensor, block: Sequence[int], format: str, kind: str, overall: Tensor |
     return x.new_empty(sizes, dtype=torch.float32), x.new_empty(sizes, dtype=torch.int32)
 
 
+@torch.library.custom_op("graphq::here", mutates_args=())
+def here(x: Tensor) -> Tensor:
+    """Where a registered module wants a quantizer."""
+    return x.clone()
+
+
+@here.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+here.register_autograd(lambda ctx, grad: grad)
+HERE = torch.ops.graphq.here.default
 AGAIN = "graphq_again"  # in the meta of a quantize that is meant to quantize what has been quantized
 QUANTIZE = torch.ops.graphq.quantize.default
 DEQUANTIZE = torch.ops.graphq.dequantize.default

@@ -19,6 +19,7 @@ from graphq.config import QuantConfig, QuantSpec, Resolution, Scheme
 from graphq.errors import TargetError
 from graphq.graph.decision import KEY, Decision
 from graphq.graph.match import Match, RuleIndex
+from graphq.graph.ops import HERE
 from graphq.graph.optable import family_of
 from graphq.graph.plugins import plugins_of
 from graphq.graph.view import LayerView, is_float, layers, value_of
@@ -67,6 +68,27 @@ def annotate(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
             node.meta[KEY] = _default_decision(LayerView(gm, node), config, target)
     for group in groups:
         _write(group, target)
+    for node in gm.graph.find_nodes(op="call_function", target=HERE):
+        node.meta[KEY] = _where_asked(LayerView(gm, node), config, target)
+
+
+def _where_asked(view: LayerView, config: QuantConfig, target: Target) -> Decision:
+    """A place that a registered module has for a quantizer: by its name it is of the weight, the output or an input."""
+    resolution, name = config.resolve(view), view.path.rpartition(".")[2]
+    scheme = resolution.scheme or Scheme()
+    spec = {"weight_quantizer": scheme.weight, "output_quantizer": scheme.output}.get(name, scheme.input)
+    if spec is None:
+        reason = f"the scheme says nothing of {name}" if resolution.scheme else resolution.because
+        return Decision("float", reason, rule=resolution.because, pattern="register")
+    if name == "weight_quantizer":
+        _check_weight(spec, target, f"scheme of {view.path}")
+    else:
+        _check_activation(spec, target, f"scheme of {view.path}")
+    source = view.node.args[0]
+    assert isinstance(source, fx.Node)
+    reason = "a registered module asks for it"
+    inputs = {source: spec}
+    return Decision("quantize", reason, resolution.because, "register", "float", members=[view.node], inputs=inputs)
 
 
 def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> list[Group]:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from graphq.config import QuantSpec
 from graphq.graph.decision import Decision, decision_of
+from graphq.graph.ops import HERE
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, value_of
 from graphq.quantizer import TensorQuantizer
@@ -24,6 +25,9 @@ def insert_quantizers(gm: fx.GraphModule) -> None:
     placer = _Placer(gm)
     for node in list(gm.graph.nodes):
         decision = decision_of(node)
+        if node.target is HERE:
+            placer.here(node, decision)
+            continue
         if decision is None or decision.action in ("float", "skip", "fuse"):
             continue
         placer.place(node, decision)
@@ -48,6 +52,15 @@ class _Placer:
         elif decision.output is not None:
             root = decision.members[0]
             self._redirect(root, self.quantized(root, decision.output))
+
+    def here(self, node: fx.Node, decision: Decision | None) -> None:
+        """A registered module's place: a quantizer stands there, or nothing."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if decision is not None and decision.inputs:
+            source = self.placed[node] = self.quantized(source, decision.inputs[source], 0)
+        node.replace_all_uses_with(source)
+        self.gm.graph.erase_node(node)
 
     def quantized(self, tensor: fx.Node, spec: QuantSpec, channel_axis: int = -1, *, constant: bool = False) -> fx.Node:
         """The node that quantizes a tensor; made once."""

@@ -33,6 +33,7 @@ from graphq.passes.placement import (
     mean_products,
     mean_watchers,
     quantize_bias,
+    shared_magnitudes,
     to_qdq,
 )
 from graphq.passes.targets import Target, get_target
@@ -142,8 +143,9 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
             run_calibration(prepared, data, progress=progress, together=together)
         wanted = mean_products(prepared, watchers) if watchers else {}
         _observe_constants(prepared)
+        shared = shared_magnitudes(prepared)
         for q in every.values():
-            q.freeze()
+            q.freeze(shared.get(q))
     except BaseException:
         for q in every.values():
             q.observer, q.state = None, "off"

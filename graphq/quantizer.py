@@ -88,8 +88,9 @@ class TensorQuantizer(nn.Module):
         if self.then is not None:
             self.then.update(x)
 
-    def freeze(self) -> None:
-        """Fix scale and zero point from what was observed; the observer is let go."""
+    def freeze(self, overall: Tensor | None = None) -> None:
+        """Fix scale and zero point from what was observed; the observer is let go. overall: the largest magnitude of
+        all tensors that share a scale per tensor (kind "e4m3"), where there are others."""
         if self.then is not None:
             self.then.freeze()
         if self.spec.dynamic is True:
@@ -102,7 +103,7 @@ class TensorQuantizer(nn.Module):
             raise CalibrationError(
                 e.what, where=self.label, remedy="Give calibration data that runs this part of the model."
             ) from e
-        self.overall = torch.maximum(-lo, hi).max()
+        self.overall = torch.maximum(-lo, hi).max() if overall is None else overall
         if self.spec.dynamic:
             self.observer, self.state = None, "quantize"
         else:

@@ -2,6 +2,7 @@
 
 from graphq.observers.base import OBSERVERS, Observer, make_observer
 from graphq.observers.minmax import MinMax, MovingAverage
+from graphq.observers.mse_grid import MseGrid
 from graphq.observers.percentile import Percentile
 from graphq.observers.search import Entropy, MeanSquaredError
 
@@ -11,6 +12,7 @@ __all__ = [
     "MeanSquaredError",
     "MinMax",
     "MovingAverage",
+    "MseGrid",
     "Observer",
     "Percentile",
     "make_observer",

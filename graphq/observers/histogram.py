@@ -7,6 +7,8 @@ which is exact, so that the order of the data does not matter and two histograms
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 
 import torch
 from torch import Tensor
@@ -32,7 +34,6 @@ class Histogram:
         self.hi: Tensor
         self.grid: torch.Size  # blocks along each dimension
         self._step = 0  # one value of so many is counted; fixed by the first tensor, so that all weigh the same
-        self._seen = 0
         self._buffer: Tensor  # values that wait to be counted: one block of memory for all of the calibration
         self._waiting = 0
         self._extremes: list[float] = []  # a sample may miss them
@@ -48,8 +49,7 @@ class Histogram:
             self._step = _coprime_step(kept.numel(), self.sample) if self.sample else 1
             self._buffer = torch.empty(FLUSH, device=x.device)
         self._grow(_exponent(lo, hi))
-        sample = as_stored(kept).reshape(-1)[self._seen % self._step :: self._step]
-        self._seen += 1
+        sample = as_stored(kept).reshape(-1)[_offset(lo, hi) % self._step :: self._step]
         assert self.counts is not None
         self._extremes += [lo, hi]
         if self._waiting + len(sample) > FLUSH:
@@ -148,6 +148,11 @@ def _coprime_step(size: int, sample: int) -> int:
     while math.gcd(step, size) > 1:
         step += 1
     return step
+
+
+def _offset(lo: float, hi: float) -> int:
+    """Where the sample of a tensor starts: elsewhere for each, and the same in whatever order tensors are seen."""
+    return zlib.crc32(struct.pack("dd", lo, hi))
 
 
 def _exponent(lo: float, hi: float) -> int:

@@ -56,8 +56,12 @@ class MovingAverage:
         self.lo: Tensor | None = None
         self.hi: Tensor | None = None
 
+    def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of one batch."""
+        return batch_range(x, self.block)
+
     def update(self, x: Tensor) -> None:
-        lo, hi = batch_range(x, self.block)
+        lo, hi = self.batch(x)
         self.batches += 1
         if self.lo is None or self.hi is None:
             self.lo, self.hi = lo, hi

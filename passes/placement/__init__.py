@@ -5,6 +5,7 @@ from .correct_bias import correct_bias, mean_products, mean_watchers
 from .insert_quantizers import insert_quantizers
 from .quantize_bias import fit_bias, quantize_bias
 from .saturation_guard import guard_saturation
+from .share_scales import shared_magnitudes
 from .to_qdq import to_qdq
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "mean_products",
     "mean_watchers",
     "quantize_bias",
+    "shared_magnitudes",
     "to_qdq",
 ]

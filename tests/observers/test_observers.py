@@ -160,3 +160,98 @@ def test_unknown_observers_and_options_are_errors_with_suggestions():
         OBSERVERS["percentil"]
     with pytest.raises(ConfigError, match="shrink"):
         make_observer(QuantSpec(observer="mse", observer_args={"shrink": 2}), ())
+
+
+def heavy(batches=4):
+    """Gaussian, with outliers far out that are a fiftieth of a percent of the data."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batches, 50_000, generator=generator)
+    x[:, :5] = torch.tensor([40.0, -38.0, 41.0, -42.0, 39.0])
+    return x.unbind()
+
+
+def squared_error(name, symmetric, data, **options):
+    fields = {"format": "int4", "observer": name, "observer_args": options, "symmetric": symmetric}
+    s = QuantSpec(**fields)
+    observer = make_observer(s, ())
+    for x in data:
+        observer.update(x)
+    scale, zero = choose_qparams(*observer.range(), s.number_format, symmetric=symmetric)
+    return sum((fake_quantize(x, scale, zero, (), s.number_format) - x).double().square().sum().item() for x in data)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_with_outliers_percentile_mse_and_entropy_beat_minmax(symmetric, shift):
+    data = [x + shift for x in heavy()]
+    plain = squared_error("minmax", symmetric, data)
+    for name, options in (("percentile", {"percentile": 99.9}), ("mse", {}), ("entropy", {})):
+        assert squared_error(name, symmetric, data, **options) < 0.8 * plain, name
+
+
+@pytest.mark.parametrize("name", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_merging_shards_equals_one_pass_over_all(name, symmetric):
+    data = heavy(8)
+    whole, shards = (
+        make_observer(spec(name, symmetric), ()),
+        [make_observer(spec(name, symmetric), ()) for _ in range(4)],
+    )
+    for number, x in enumerate(data):
+        whole.update(x)
+        shards[number // 2].update(x)
+    for other in shards[1:]:
+        shards[0].merge(other)
+    assert [v.item() for v in shards[0].range()] == [v.item() for v in whole.range()]
+
+
+def held(observer):
+    """Bytes of all tensors that an observer keeps, measured."""
+    return sum(v.nbytes for o in (observer, getattr(observer, "histogram", None)) if o is not None
+               for v in vars(o).values() if isinstance(v, torch.Tensor))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBSERVERS.names())
+def test_memory_does_not_grow_with_the_number_of_batches(name):
+    observer = make_observer(spec(name, False), ())
+    observer.update(torch.randn(100_000))
+    observer.range()
+    after_one = held(observer)
+    for _ in range(30):
+        observer.update(torch.randn(100_000))
+    observer.range()
+    assert held(observer) == after_one < 400_000
+
+
+@pytest.mark.parametrize("name", OBSERVERS.names())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_seen_as_it_is(name, dtype):
+    x = (torch.randn(20_000) * 3).to(dtype)
+    ends = []
+    for data in (x, x.float()):
+        observer = make_observer(spec(name, False), ())
+        observer.update(data)
+        ends.append([v.item() for v in observer.range()])
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("block", [(), (1, -1), (1, 16)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_grid_finds_the_best_of_its_ranges_in_every_block(block, symmetric):
+    torch.manual_seed(0)
+    x = torch.randn(3, 32)
+    x[:, ::16] *= 8
+    s = QuantSpec(format="int4", symmetric=symmetric, observer="mse_grid")
+    observer = make_observer(s.model_copy(update={"observer_args": {"shrink": 0.9, "patience": 1000}}), block)
+    observer.update(x)
+    hi = observer.range()[1]
+    parts = [x.reshape(1, -1), x, x.reshape(6, 16)][[(), (1, -1), (1, 16)].index(block)]
+    for row, found in zip(parts, hi.reshape(-1), strict=True):
+        a, b = row.min().clamp(max=0), row.max().clamp(min=0)
+
+        def loss(p, row=row, a=a, b=b):
+            scale, zero = choose_qparams(a * p, b * p, s.number_format, symmetric=symmetric)
+            return (fake_quantize(row, scale, zero, (), s.number_format) - row).abs().pow(2.4).sum().item()
+
+        best = min((1 - i / 100 for i in range(90)), key=loss)
+        assert found.item() == pytest.approx(best * b.item(), rel=1e-5)

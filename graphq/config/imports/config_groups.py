@@ -22,8 +22,8 @@ OBSERVERS: dict[str | None, tuple[str, dict[str, Any]]] = {
     "memoryless_minmax": ("minmax", {}),
     "static_minmax": ("minmax", {}),
     "minmax": ("moving_average", {"rate": 0.01}),
-    "memoryless_mse": ("mse", {}),
-    "mse": ("mse", {}),
+    "memoryless_mse": ("mse_grid", {}),
+    "mse": ("mse_grid", {"rate": 0.01}),
 }
 ARGS = (
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "scale_dtype", "zp_dtype",

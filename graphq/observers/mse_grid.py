@@ -1,0 +1,60 @@
+"""The grid of shrunken ranges with the least error on the tensor itself, block by block: for weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphq.config.spec import QuantSpec
+from graphq.numerics.affine import blocks_of, fake_quantize
+from graphq.numerics.scales import choose_qparams
+from graphq.observers.base import OBSERVERS
+from graphq.observers.minmax import MovingAverage, batch_range
+
+
+@OBSERVERS.register("mse_grid")
+class MseGrid(MovingAverage):
+    """Of the ranges (1 − i / grid) · extremes, i < shrink · grid, the one with the least Σ|error|^norm in each block
+    (llm-compressor's and GPTQ's search); over several batches their moving average.
+
+    patience: stop after so many steps that no block gained from. rate: see `moving_average`.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        block: tuple[int, ...],
+        rate: float = 1.0,
+        shrink: float = 0.2,
+        grid: int = 100,
+        norm: float = 2.4,
+        patience: int = 5,
+    ) -> None:
+        super().__init__(spec, block, rate)
+        self.spec, self.steps, self.grid, self.norm, self.patience = spec, int(shrink * grid), grid, norm, patience
+
+    def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Extremes as in `moving_average`, shrunken to the best."""
+        lo, hi = batch_range(x, self.block)
+        x = x.float().masked_fill(x <= -1e30, 0.0)
+        best = torch.full_like(lo, torch.inf)
+        share, idle = torch.ones_like(lo), 0
+        for step in range(self.steps):
+            p = 1 - step / self.grid
+            loss = self._loss(x, lo * p, hi * p).reshape(lo.shape)
+            better = loss < best
+            best, share = torch.where(better, loss, best), torch.where(better, p, share)
+            idle = 0 if bool(better.any()) else idle + 1
+            if idle >= self.patience:
+                break
+        return lo * share, hi * share
+
+    def _loss(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        s = self.spec
+        kind = "float" if s.scale == "e4m3" else s.scale  # the scale over all blocks is not known yet
+        scale, zero = choose_qparams(
+            lo, hi, s.number_format, symmetric=s.symmetric, narrow_range=s.narrow_range, scale=kind,
+            mode=s.scale_mode, span=s.span,
+        )  # fmt: skip
+        y = fake_quantize(x, scale, zero, self.block, s.number_format, narrow_range=s.narrow_range)
+        return blocks_of((y - x).abs_().pow_(self.norm), self.block).sum(-1)

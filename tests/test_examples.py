@@ -25,8 +25,9 @@ def test_examples_fit_a_screen():
         assert len(file.read_text().splitlines()) <= limit, file.name
 
 
-def test_the_quick_start_runs_as_printed(tmp_path):
-    text = (ROOT / "docs" / "quickstart.md").read_text()
+@pytest.mark.parametrize("page", ["quickstart", "training"])
+def test_the_page_runs_as_printed(tmp_path, page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) >= 2
     script = tmp_path / "quickstart.py"

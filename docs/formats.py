@@ -1,9 +1,11 @@
 """The table of docs/formats.md: every format with every granularity, quantized and measured."""
 
+import numpy as np
 import torch
 
 from graphq.config import QuantSpec
 from graphq.errors import ConfigError
+from graphq.export.standard import BLOCKED_OPSET, E8M0_OPSET, TYPES, WIDER
 from graphq.numerics.affine import fake_quantize, range_of
 from graphq.numerics.formats import BLOCK_FORMATS, FORMATS, Floating, Integer
 from graphq.numerics.scales import choose_qparams
@@ -80,12 +82,17 @@ def limits(name: str) -> str:
 
 def exports(name: str) -> str:
     if name in ("int8", "uint8"):
-        return "ONNX QDQ, integer kernels"
+        return "`onnxruntime`: integer kernels; `onnx`"
     if name == "int32":
-        return "ONNX QDQ, of biases"
-    if name in ORT.weight_formats:
-        return "ONNX QDQ, weights, stored as int8"
-    return "simulation ³"
+        return "`onnxruntime`, of biases"
+    element = BLOCK_FORMATS[name]["format"] if name in BLOCK_FORMATS else name
+    scale = BLOCK_FORMATS.get(name, {}).get("scale")
+    if WIDER.get(element, element) not in TYPES or scale == "bfp":
+        return "simulation ³"
+    kind, opset = TYPES[WIDER.get(element, element)]
+    opset = max(opset, E8M0_OPSET if scale == "e8m0" else 0, BLOCKED_OPSET if name in BLOCK_FORMATS else 0)
+    also = "`onnxruntime`, weights, as int8; " if name in ORT.weight_formats else ""
+    return f"{also}`onnx`, opset {opset} as {np.dtype(kind).name}"
 
 
 def page(head: str) -> str:

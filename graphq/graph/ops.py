@@ -6,7 +6,8 @@
 
 The first two are the only quantization ops between convert and lower. `block` is the block shape of
 `graphq.numerics.affine`. `format` is a name of the format table, "!" for the narrow range, and what differs from the
-usual: "int8!", "fp8_e5m2:unsaturated", "int4:floor". `kind` says the same of scales: "symmetric e8m0 even positive".
+usual: "int8!", "fp8_e5m2:unsaturated", "int4:floor", "fp4_e2m1:e8m0" (E8M0 scales). `kind` says the same of scales:
+"symmetric e8m0 even positive".
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def format_text(spec: QuantSpec) -> str:
     """What `format` says of a spec."""
     text = spec.format + ("!" if spec.narrow_range else "")
     text += "" if spec.rounding == "half_even" else f":{spec.rounding}"
+    text += ":e8m0" if spec.scale == "e8m0" else ""
     return text + ("" if spec.saturate else ":unsaturated")
 
 
@@ -45,7 +47,7 @@ def parse_format(text: str) -> tuple[Format, bool]:
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], format: str) -> Tensor:
     fmt, narrow = parse_format(format)
     flags = set(format.split(":")[1:])
-    rounding: Any = next(iter(flags - {"unsaturated"}), "half_even")
+    rounding: Any = next(iter(flags - {"unsaturated", "e8m0"}), "half_even")
     return affine.quantize(
         x, scale, zero_point, block, fmt, narrow_range=narrow, rounding=rounding, saturate="unsaturated" not in flags
     )

@@ -186,7 +186,7 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
         )
     if target.weight_formats is None or scheme.weight is None or not pattern.weight:
         return ""
-    if scheme.weight.granularity not in ("tensor", "channel"):
+    if scheme.weight.granularity not in target.weight_granularities:
         raise TargetError(
             f"no integer kernel of {target.name} takes weights with a scale per {scheme.weight.granularity}",
             where=where,

@@ -1,6 +1,6 @@
 """Targets: what a runtime's kernels accept, as data."""
 
-from . import onnxruntime, simulation
+from . import onnx, onnxruntime, simulation
 from .table import TARGETS, Kernel, Target
 
 
@@ -9,4 +9,4 @@ def get_target(target: Target | str, **options: str) -> Target:
     return target if isinstance(target, Target) else TARGETS[target](**options)
 
 
-__all__ = ["TARGETS", "Kernel", "Target", "get_target", "onnxruntime", "simulation"]
+__all__ = ["TARGETS", "Kernel", "Target", "get_target", "onnx", "onnxruntime", "simulation"]

@@ -54,6 +54,7 @@ class Target:
     patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
         writes it, for ops that torch.onnx does not know.
     activation_formats, weight_formats: what its kernels take; None: every format there is, with every granularity.
+    weight_granularities: of weights beside quantized inputs.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -67,6 +68,7 @@ class Target:
     saturates: bool
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
     reference: Callable[[fx.GraphModule], fx.GraphModule]
+    weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 

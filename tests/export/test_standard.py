@@ -117,3 +117,13 @@ def test_what_the_standard_cannot_say_is_refused_and_leaves_nothing(tmp_path):
         with pytest.raises(ExportError):
             graphq.export(graph, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_fp8_activations_run_at_the_basic_level_where_a_relu_is_not_dropped(tmp_path):
+    graph, x = quantized(FP8, FP8)
+    path = graphq.export(graph, tmp_path / "m.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, graph(x).detach().numpy(), atol=1e-5)

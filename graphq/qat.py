@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from graphq.errors import ConfigError, StateError, did_you_mean
 from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
-from graphq.graph.view import parameter
+from graphq.graph.passes import finish
+from graphq.graph.view import MADE, parameter
 from graphq.observers import make_observer
 from graphq.quantizer import Learn, quantizers
 
@@ -43,6 +44,7 @@ def qat(calibrated: fx.GraphModule, scales: Scales = "lsq", *, clip: bool = True
             remedy="graphq.qat(graphq.calibrate(graphq.prepare(…), data)); fold_weights cannot be undone.",
         )
     gm = own_tensors(fork(calibrated))
+    finish(gm)  # tensors that passes have replaced would never get a gradient
     make_trainable(gm)
     for quantizer in quantizers(gm).values():
         quantizer.trainable(LEARN[scales], clip=clip)
@@ -64,11 +66,13 @@ def own_tensors(gm: fx.GraphModule) -> fx.GraphModule:
 
 def make_trainable(gm: fx.GraphModule) -> None:
     """Weights and biases that passes have folded or moved are buffers: they are parameters again."""
+    made = gm.meta.get(MADE, ())
     for node in gm.graph.nodes:
         decision = decision_of(node)
-        for read in (decision.weight, decision.bias) if decision is not None else ():
+        reads = [decision.weight, decision.bias] if decision is not None else []
+        for read in [*reads, *([node] if node.op == "get_attr" and node.target in made else [])]:
             tensor = parameter(gm, read)
-            if tensor is not None and read is not None and not isinstance(tensor, nn.Parameter):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
                 owner_path, _, leaf = str(read.target).rpartition(".")
                 owner = gm.get_submodule(owner_path)
                 delattr(owner, leaf)

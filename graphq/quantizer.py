@@ -135,7 +135,11 @@ class TensorQuantizer(nn.Module):
     def trainable(self, learn: Learn, *, clip: bool) -> None:
         """From now on gradients flow. learn: what is trained of the scale: nothing, the scale (LSQ), also the zero
         point ("offset", of affine specs), or the exponent of a power of two ("threshold", TQT)."""
-        self.state, self.clip, self.learn = "train", clip, "" if self.spec.dynamic else learn
+        if self.spec.dynamic or self.spec.scale == "e4m3":  # block scales in e4m3 stay as calibrated
+            learn = ""
+        elif learn and self.spec.scale in ("pof2", "e8m0", "bfp"):
+            learn = "threshold"  # they are powers of two, and stay so
+        self.state, self.clip, self.learn = "train", clip, learn
         if self.then is not None:
             self.then.trainable(learn, clip=clip)
         if self.learn == "threshold":
@@ -149,7 +153,7 @@ class TensorQuantizer(nn.Module):
         """(scale, zero point), both float, as functions of what is learned."""
         scale, zero_point = self.scale, self.zero_point.float()
         if self.exponent is not None:
-            scale = torch.exp2(ceil_through(self.exponent))
+            scale = torch.exp2(ceil_through(self.exponent.clamp(-126, 127)))
         if self.growth is not None:
             scale = relative(scale, self.growth.clamp(min=SMALLEST_GROWTH))
         if self.offset is not None:
@@ -176,7 +180,7 @@ class TensorQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state == "train":
-            if self.observer is not None and not self.constant:
+            if self.observer is not None and not self.constant and self.training:
                 self._follow(x)
             scale, zero = self.qparams_for(x) if self.spec.dynamic else self.trained()
             fmt = self.spec.number_format

@@ -220,7 +220,7 @@ def _point_reads(gm: fx.GraphModule, reads: dict[str, list[str]], tensors: dict[
                 new = gm.graph.get_attr(name)
             new.meta = {**old.meta, "val": tensors[name]}
             node.replace_input_with(old, new)
-            _tell_decisions(gm, old, new)
+            _tell_decisions(gm, node, old, new)
     gm.graph.eliminate_dead_code()
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     for name in list(_tensors(gm)):
@@ -229,13 +229,21 @@ def _point_reads(gm: fx.GraphModule, reads: dict[str, list[str]], tensors: dict[
             delattr(gm.get_submodule(path), leaf)
 
 
-def _tell_decisions(gm: fx.GraphModule, old: fx.Node, new: fx.Node) -> None:
+def _tell_decisions(gm: fx.GraphModule, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """The decisions on one op, or on the ops that are computed with it, are about its new tensor."""
     for node in gm.graph.nodes:
         decision = decision_of(node)
-        if decision is not None and decision.weight is old:
+        if decision is None or (node is not reader and reader not in decision.members and not _feeds(reader, node)):
+            continue
+        if decision.weight is old:
             decision.weight = new
-        if decision is not None and decision.bias is old:
+        if decision.bias is old:
             decision.bias = new
+
+
+def _feeds(reader: fx.Node, node: fx.Node) -> bool:
+    """Is the reader the quantizer of an input of this op?"""
+    return reader.op == "call_module" and reader in node.all_input_nodes
 
 
 def _example_to_json(example: Example) -> tuple[dict[str, Any], dict[str, Tensor]]:

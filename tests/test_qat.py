@@ -199,3 +199,48 @@ def test_a_typo_and_a_graph_that_is_not_calibrated_are_errors():
         graphq.qat(graph, "lsg")
     with pytest.raises(StateError, match="calibrated"):
         graphq.qat(graphq.prepare(model, config(), (x,), target="simulation"))
+
+
+def test_every_parameter_gets_a_gradient_as_data_parallel_training_wants_it():
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(16, 2, 4, 4)
+    graph = graphq.calibrate(graphq.prepare(model, "int8", (x,)), [x], progress=False)
+    trained = graphq.qat(graph)
+    trained(x).square().mean().backward()
+    assert all(p.grad is not None for p in trained.parameters())
+
+
+def test_a_layer_that_stays_float_trains_too():
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(16, 2, 4, 4)
+    made = config().model_copy(update={"ignore": ("conv",)})
+    graph = graphq.calibrate(graphq.prepare(model, made, (x,), target="simulation"), [x], progress=False)
+    trained = graphq.qat(graph)
+    assert sum(n.startswith("conv.") for n, _ in trained.named_parameters()) == 2  # the folded weight and bias
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "bfp16", "nvfp4"])
+def test_scales_that_a_format_restricts_stay_on_their_grid(format):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(32, 64)
+    graph = graphq.calibrate(
+        graphq.prepare(model, config(QuantSpec(format=format), None), (x,), target="simulation"), [x], progress=False
+    )
+    trained = graphq.qat(graph)
+    train(trained, x, torch.zeros(32, 32), steps=5, rate=0.05)
+    (q,) = quantizers(trained).values()
+    if format == "nvfp4":
+        (before,) = quantizers(graph).values()
+        assert torch.equal(q.qparams[0], before.scale)
+    else:
+        exponents = torch.log2(q.qparams[0])
+        assert torch.equal(exponents, exponents.round())
+
+
+def test_observers_do_not_follow_validation_data():
+    _, x, graph = calibrated()
+    trained = graphq.qat(graph, "frozen")
+    observers(trained, on=True)
+    before = [q.scale.clone() for q in quantizers(trained).values()]
+    trained.eval()(100 * x)
+    assert all(torch.equal(a, q.scale) for a, q in zip(before, quantizers(trained).values(), strict=True))

@@ -187,3 +187,23 @@ def test_what_cannot_be_saved_says_why(model, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(ExportError, match="something else"):
         graphq.save(prepared(model), tmp_path / "mine")
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_a_module_called_twice_is_restored_with_both_of_its_corrected_biases(tmp_path):
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(32, 16)
+    graph = graphq.calibrate(graphq.prepare(model, "int8", (x,)), [x], progress=False)
+    loaded = graphq.load(graphq.save(graph, tmp_path / "g"), model)
+    assert torch.equal(graphq.convert(loaded)(x), graphq.convert(graph)(x))
+    names = [{n for n, _ in graphq.qat(g).named_parameters()} for g in (graph, loaded)]
+    assert names[0] == names[1]

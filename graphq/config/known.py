@@ -5,7 +5,7 @@
     int4_wo_128, mxfp4, ptpc_fp8, …          AMD Quark 0.13, also as "quark:mxfp4"; where a name is ours too, only so
 
 llm-compressor and Quark divide a symmetric range by half of all codes (span "full": int8 by 127.5, int4 by 7.5),
-ModelOpt by the largest code (127, 7).
+ModelOpt by the largest code (127, 7). E8M0 exponents are "even" in the first two, "cover" in ModelOpt.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ LLM_COMPRESSOR: dict[str, Scheme] = {
 
 _INT4_BLOCK = QuantSpec(format="int4", granularity="group", group_size=128)
 _INT8_CHANNEL = QuantSpec(format="int8", granularity="channel")
-_MXINT8, _MXINT8_DYNAMIC = QuantSpec(format="mxint8"), QuantSpec(format="mxint8", dynamic=True)
+
+
+def _cover(format: str, dynamic: bool = False) -> QuantSpec:
+    return QuantSpec.model_validate({"format": format, "scale_mode": "cover", "dynamic": dynamic})
+
+
 MODELOPT: dict[str, Scheme] = {
     "INT8_DEFAULT_CFG": Scheme(weight=_INT8_CHANNEL, input=QuantSpec(format="int8")),
     "INT8_WEIGHT_ONLY_CFG": Scheme(weight=_INT8_CHANNEL),
@@ -77,11 +82,11 @@ MODELOPT: dict[str, Scheme] = {
         weight=QuantSpec(format="fp8_e4m3", granularity="block", block=(128, 128), ragged=True)
     ),
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": Scheme(weight=_INT4_BLOCK),
-    "MXFP8_DEFAULT_CFG": Scheme(weight=MXFP8, input=MXFP8_DYNAMIC),
-    "MXFP6_DEFAULT_CFG": Scheme(weight=E3M2, input=E3M2_DYNAMIC),
-    "MXFP4_DEFAULT_CFG": Scheme(weight=MXFP4, input=MXFP4_DYNAMIC),
-    "MXINT8_DEFAULT_CFG": Scheme(weight=_MXINT8, input=_MXINT8_DYNAMIC),
-    "W4A8_MXFP4_FP8_CFG": Scheme(weight=MXFP4, input=FP8),
+    "MXFP8_DEFAULT_CFG": Scheme(weight=_cover("mxfp8_e4m3"), input=_cover("mxfp8_e4m3", dynamic=True)),
+    "MXFP6_DEFAULT_CFG": Scheme(weight=_cover("mxfp6_e3m2"), input=_cover("mxfp6_e3m2", dynamic=True)),
+    "MXFP4_DEFAULT_CFG": Scheme(weight=_cover("mxfp4"), input=_cover("mxfp4", dynamic=True)),
+    "MXINT8_DEFAULT_CFG": Scheme(weight=_cover("mxint8"), input=_cover("mxint8", dynamic=True)),
+    "W4A8_MXFP4_FP8_CFG": Scheme(weight=_cover("mxfp4"), input=FP8),
     "NVFP4_DEFAULT_CFG": Scheme(weight=NVFP4, input=NVFP4_LOCAL),
     "W4A8_NVFP4_FP8_CFG": Scheme(weight=QuantSpec(format="nvfp4", group_size=32), input=FP8),
     "W4A16_NVFP4_CFG": Scheme(weight=NVFP4),

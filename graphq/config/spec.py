@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from graphq.config.readable import ConfigModel
+from graphq.errors import ConfigError
 from graphq.numerics.formats import BLOCK_FORMATS, Format, Integer, SharedExponents, get_format
 from graphq.numerics.rounding import Rounding
 from graphq.numerics.scales import ScaleKind, ScaleMode, Span
@@ -54,7 +55,10 @@ class QuantSpec(ConfigModel):
     scale: ScaleKind = Field(
         "float", description="Kind of scale: any float, power of two (pof2, e8m0, bfp), or e4m3 over a tensor scale."
     )
-    scale_mode: ScaleMode = Field("even", description="How e8m0 rounds the exponent: floor (OCP), ceil, even.")
+    scale_mode: ScaleMode = Field(
+        "even",
+        description="How e8m0 rounds the exponent: floor (OCP), ceil, even, cover.",
+    )
     span: Span = Field(
         "positive", description="Symmetric: divide the range by the largest code, or ('full') by half of all codes."
     )
@@ -112,6 +116,11 @@ class QuantSpec(ConfigModel):
             return (*[1] * (rank - 1), -1)
         if self.granularity == "block":
             assert self.block is not None
+            if len(self.block) != rank:
+                raise ConfigError(
+                    f"blocks of {list(self.block)} do not fit a tensor with {rank} dimensions",
+                    remedy="Let the rule select other layers, or give a block with an entry per dimension.",
+                )
             return tuple(self.block)
         shape = [-1] * rank
         if self.granularity in ("channel", "head"):

@@ -17,6 +17,8 @@ from graphq.graph.optable import family_of
 
 _CALL_NUMBER = re.compile(r"@\d+$")
 
+MADE = "graphq_made"  # in a graph's meta: names of the tensors that passes have made of the model's own
+
 
 @cache
 def _ancestry(qualified: str) -> tuple[str, ...]:
@@ -168,7 +170,9 @@ def set_parameter(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
         number += 1
         unique = f"{leaf}_{number}"
     owner.register_buffer(unique, tensor.detach())
-    return f"{owner_path}.{unique}" if owner_path else unique
+    made = f"{owner_path}.{unique}" if owner_path else unique
+    gm.meta.setdefault(MADE, set()).add(made)
+    return made
 
 
 def drop_unused_parameters(gm: fx.GraphModule) -> None:

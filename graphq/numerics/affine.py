@@ -27,6 +27,7 @@ from graphq.numerics.microscaling import round_pairs_
 from graphq.numerics.rounding import ROUND, Rounding
 
 MASK_VALUE = -1e30  # additive attention masks are -inf or the lowest float; no activation reaches this
+LARGEST_INT32 = 2**31 - 128  # the largest float32 that an int32 holds
 CACHED = 1 << 19  # float32 values
 
 
@@ -66,6 +67,9 @@ def range_of(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
 def unmasked_range(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`range_of` without additive masks (-inf, or the lowest floats): what a dynamic range is found from."""
     x = x.float()
+    if x.numel() == 0:
+        sizes = [1 if b == -1 else -(-d // b) for d, b in zip(x.shape, block, strict=True)] if block else []
+        return x.new_zeros(sizes), x.new_zeros(sizes)
     return range_of(x.masked_fill(x <= MASK_VALUE, 0.0), block)
 
 
@@ -140,6 +144,7 @@ def _round_(ratio: Tensor, zero_point: Tensor, fmt: Format, narrow: bool, roundi
     if isinstance(fmt, SharedExponents):
         return round_pairs_(ratio, fmt, rounding)
     lowest, highest = fmt.limits(narrow)
+    highest = min(highest, LARGEST_INT32)
     return ROUND[rounding](ratio).clamp_(lowest - zero_point, highest - zero_point)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from graphq.numerics.formats import FORMATS, Floating, Format, Integer
 
 ScaleKind = Literal["float", "pof2", "e8m0", "e4m3", "bfp"]
-ScaleMode = Literal["floor", "ceil", "even"]
+ScaleMode = Literal["floor", "ceil", "even", "cover"]
 Span = Literal["positive", "full"]
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -81,7 +81,8 @@ def shared_exponent(amax: Tensor, fmt: Format, mode: ScaleMode) -> Tensor:
     """2^e [as amax]: e = floor(log2(amax)) less the exponent of the format's largest value, within [-127, 127].
 
     Mode "floor" is OCP's. "ceil" rounds log2 up. "even" rounds amax to the mantissa of the format first, so that the
-    largest value is not clipped where it would round to the next power of two.
+    largest value is not clipped where it would round to the next power of two. "cover" is the smallest at which nothing
+    is clipped at all: ceil(log2(amax / largest)).
     """
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa · 2^exponent, mantissa in [0.5, 1)
     exponent = exponent - 1
@@ -89,6 +90,9 @@ def shared_exponent(amax: Tensor, fmt: Format, mode: ScaleMode) -> Tensor:
         exponent = exponent + (mantissa > 0.5)
     elif mode == "even":  # half a unit in the last place reaches the next power of two
         exponent = exponent + (mantissa >= 1 - 2.0 ** -(fmt.mantissa + 2))
+    elif mode == "cover":
+        unit = 2.0**-fmt.largest_exponent
+        exponent = exponent + (amax > torch.ldexp(torch.full_like(amax, fmt.largest * unit), exponent))
     exponent = (exponent - fmt.largest_exponent).clamp(SMALLEST_EXPONENT, 127)
     return torch.exp2(exponent.double())
 

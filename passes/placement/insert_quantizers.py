@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from graphq.config import QuantSpec
+from graphq.errors import ConfigError
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.ops import HERE
 from graphq.graph.passes import finish
@@ -75,7 +76,19 @@ class _Placer:
             name = tensor.name
             self.gm.get_submodule(FOLDER).add_module(name, quantizer)
             self._call(f"{FOLDER}.{name}", tensor)
+        self._expect_same(tensor, spec)
         return self.placed[tensor]
+
+    def _expect_same(self, tensor: fx.Node, spec: QuantSpec) -> None:
+        """One tensor has one quantizer; that its readers ask for other numbers must not go unheard."""
+        found = self.gm.get_submodule(str(self.placed[tensor].target))
+        assert isinstance(found, TensorQuantizer)
+        if _numbers(found.spec) != _numbers(spec):
+            raise ConfigError(
+                f"what reads this tensor asks for {found.spec} and for {spec}",
+                where=_label(tensor),
+                remedy="Let one rule decide on all layers that read it.",
+            )
 
     def _call(self, target: str, tensor: fx.Node) -> None:
         with self.gm.graph.inserting_after(tensor):
@@ -92,6 +105,11 @@ class _Placer:
     def _redirect(self, tensor: fx.Node, quantized: fx.Node) -> None:
         """Everything that reads the float tensor reads the quantized one."""
         tensor.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+
+
+def _numbers(spec: QuantSpec) -> QuantSpec:
+    """A spec apart from who finds the range."""
+    return spec.model_copy(update={"observer": "", "observer_args": {}})
 
 
 def _label(tensor: fx.Node) -> str:

@@ -36,8 +36,9 @@ NVIDIA = {
     "FP8_DEFAULT_CFG": (F8, F8), "FP8_PER_CHANNEL_PER_TOKEN_CFG": (F8C, F8T),
     "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": ("fp8_e4m3 128x128", None),
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": ("int4 128", None),
-    "MXFP8_DEFAULT_CFG": (MX8, MX8D), "MXFP6_DEFAULT_CFG": (E3, E3D), "MXFP4_DEFAULT_CFG": (MX4, MX4D),
-    "MXINT8_DEFAULT_CFG": ("int8 32 e8m0 narrow", "int8 32 e8m0 narrow dynamic"), "W4A8_MXFP4_FP8_CFG": (MX4, F8),
+    "MXFP8_DEFAULT_CFG": (f"{MX8} cover", f"{MX8D} cover"), "MXFP6_DEFAULT_CFG": (f"{E3} cover", f"{E3D} cover"),
+    "MXFP4_DEFAULT_CFG": (f"{MX4} cover", f"{MX4D} cover"), "W4A8_MXFP4_FP8_CFG": (f"{MX4} cover", F8),
+    "MXINT8_DEFAULT_CFG": ("int8 32 e8m0 narrow cover", "int8 32 e8m0 narrow cover dynamic"),
     "NVFP4_DEFAULT_CFG": (NV, NVL), "W4A8_NVFP4_FP8_CFG": (NV32, F8), "W4A16_NVFP4_CFG": (NV, None),
 }  # fmt: skip
 AMD = {
@@ -71,7 +72,7 @@ def fields(text):
         "symmetric": "affine" not in flags,
         "dynamic": "local" if "local" in flags else "dynamic" in flags,
         "scale": next((f for f in flags if f in ("e8m0", "e4m3", "bfp", "pof2")), "float"),
-        "scale_mode": "floor" if "floor" in flags else "even",
+        "scale_mode": next((f for f in flags if f in ("floor", "cover")), "even"),
         "span": "full" if "full" in flags else "positive",
         "narrow_range": "narrow" in flags,
         "ragged": block is not None,

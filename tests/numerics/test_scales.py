@@ -55,12 +55,14 @@ def exponent_of(amax, name, mode):
     if mode == "even":  # as the float32 bits: add half a unit of the element's mantissa, keep the exponent
         bits = np.float32(amax).view(np.uint32) + np.uint32(1 << (23 - fraction - 1))
         e = int(bits >> 23) - 127
+    elif mode == "cover":
+        return min(max(math.ceil(math.log2(amax / {**LARGEST, "mxint8": 127 / 64}[name])), -127), 127)
     else:
         e = (math.floor if mode == "floor" else math.ceil)(math.log2(amax))
     return min(max(e - largest, -127), 127)
 
 
-@pytest.mark.parametrize("mode", ["floor", "ceil", "even"])
+@pytest.mark.parametrize("mode", ["floor", "ceil", "even", "cover"])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_microscaling_formats_equal_the_definition_value_by_value(name, mode):
     x = sample(3200, 32)

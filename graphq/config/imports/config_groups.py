@@ -25,6 +25,8 @@ OBSERVERS: dict[str | None, tuple[str, dict[str, Any]]] = {
     "memoryless_mse": ("mse_grid", {}),
     "mse": ("mse_grid", {"rate": 0.01}),
 }
+SCALES = {"float32": "float", "uint8": "e8m0", "float8_e4m3fn": "e4m3"}
+KWARGS = {"averaging_constant": "rate", "maxshrink": "shrink", "grid": "grid", "norm": "norm", "patience": "patience"}
 ARGS = (
     "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "scale_dtype", "zp_dtype",
     "observer", "observer_kwargs", "actorder",
@@ -84,14 +86,19 @@ def spec_of(args: Any) -> QuantSpec:
     size = a.get("group_size")
     strategy = a.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     strategy = str(getattr(strategy, "value", strategy))
-    dtype = str(a.get("scale_dtype", "")).removeprefix("torch.")
+    implied = "float8_e4m3fn" if strategy == "tensor_group" else "float32"
+    dtype = str(a.get("scale_dtype", implied)).removeprefix("torch.")
+    if dtype not in SCALES:
+        raise ConfigError(f"scales in {dtype} have no counterpart", remedy=f"scale_dtype: one of {list(SCALES)}.")
     dynamic = a.get("dynamic", False)
     observer, options = OBSERVERS.get(a.get("observer"), (a.get("observer"), {}))
+    given = take(a.get("observer_kwargs", {}), "observer_kwargs", tuple(KWARGS))
+    options = options | {KWARGS[k]: v for k, v in given.items()}
     fields: dict[str, Any] = {
         "format": FLOATS[bits] if kind == "float" else f"int{bits}",
         "symmetric": a.get("symmetric", True),
         "granularity": {"tensor_group": "group", "attn_head": "head"}.get(strategy, strategy),
-        "scale": {"uint8": "e8m0", "float8_e4m3fn": "e4m3"}.get(dtype, "float"),
+        "scale": SCALES[dtype],
         "dynamic": getattr(dynamic, "value", dynamic),
         "span": "full" if kind == "int" and a.get("symmetric", True) else "positive",
         "observer": observer,

@@ -125,7 +125,7 @@ def _blocks(sizes: dict[Any, Any], format: str) -> dict[str, Any]:
     if key not in kinds or any(not isinstance(k, int) and not str(k).lstrip("-").isdigit() for k in sizes):
         raise ConfigError(f"block_sizes with {sizes} and scale_bits {scale} is not understood", remedy="See ModelOpt.")
     axes = {int(k): v for k, v in sizes.items()}
-    fields: dict[str, Any] = {"scale": kinds[key]}
+    fields: dict[str, Any] = {"scale": kinds[key]} | ({"scale_mode": "cover"} if kinds[key] == "e8m0" else {})
     if set(axes) == {-1}:
         fields |= {"granularity": "group", "group_size": axes[-1]}
     elif set(axes) == {-1, -2}:

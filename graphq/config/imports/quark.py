@@ -22,7 +22,7 @@ ROUNDINGS = {"half_even": "half_even", "round": "half_away", "floor": "floor"}
 LEVELS = (
     "global_quant_config", "layer_type_quant_config", "layer_quant_config", "exclude", "algo_config", "quant_mode",
 )  # fmt: skip
-PARTS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output"}
+PARTS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output", "bias": "bias"}
 FIELDS = (
     "dtype", "observer_cls", "symmetric", "scale_type", "round_method", "qscheme", "ch_axis", "is_dynamic",
     "group_size", "scale_format", "scale_calculation_mode", "mx_element_dtype", "block_size",
@@ -52,7 +52,7 @@ def from_quark(config: Any, *, name: str = "quark") -> QuantConfig:
 
 
 def _scheme(layer: Any) -> Scheme:
-    fields = take(plain(layer), "a Quark layer config", (*PARTS, "bias"))
+    fields = take(plain(layer), "a Quark layer config", tuple(PARTS))
     return Scheme(**{PARTS[k]: spec_of(v) for k, v in fields.items() if k in PARTS})
 
 

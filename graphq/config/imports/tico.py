@@ -20,7 +20,8 @@ def from_tico(config: Any, *, name: str = "tico") -> QuantConfig:
     """config: {"activation": spec, "weight": spec, "overrides": {"model": {"layers": …}} or {"a.b.act_out": spec}}."""
     c = take(plain(config), "a TICO config", ("activation", "weight", "overrides"))
     weight = spec_of(c.get("weight", {"dtype": "uint8"}), weight=True)
-    activation = spec_of(c.get("activation", {"dtype": "uint8"}))
+    nothing = "activation" in plain(config) and "activation" not in c
+    activation = None if nothing else spec_of(c.get("activation", {"dtype": "uint8"}))
     rules = [Rule(select=LAYERS, scheme=Scheme(weight=weight, input=activation), reason="TICO's defaults")]
     for path, value in sorted(_leaves(c.get("overrides", {})), key=lambda item: item[0].count(".")):
         layer, _, leaf = path.rpartition(".")

@@ -8,7 +8,7 @@ import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import ConfigError, TargetError
 from graphq.graph.ops import CHOOSE_QPARAMS
-from graphq.numerics.affine import fake_quantize, range_of, sqnr
+from graphq.numerics.affine import fake_quantize, quantize, range_of, sqnr
 from graphq.numerics.formats import BLOCK_FORMATS, FORMATS
 from graphq.numerics.scales import choose_qparams
 
@@ -113,3 +113,35 @@ def test_activations_need_dynamic_groups():
 def test_specs_that_mean_nothing_say_why(fields, complaint):
     with pytest.raises(ConfigError, match=complaint):
         QuantSpec(**fields)
+
+
+def test_readers_of_one_tensor_that_ask_for_different_numbers_are_an_error():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 8), nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    rules = (
+        Rule(select="a", scheme=Scheme(weight=FP8, input=QuantSpec(format="int8"))),
+        Rule(select="b", scheme=Scheme(weight=FP8, input=QuantSpec(format="mxfp4", dynamic=True))),
+    )
+    with pytest.raises(ConfigError, match="asks for int8"):
+        graphq.prepare(Both().eval(), QuantConfig(rules=rules), (torch.randn(2, 64),), target="simulation")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_an_empty_batch_gives_an_empty_result(granularity):
+    layer, x = nn.Linear(64, 8).eval(), torch.randn(4, 64)
+    given = QuantSpec(format="int8", granularity=granularity, dynamic=True)
+    graph = graphq.quantize(layer, config(FP8, given), [x], target="simulation", progress=False)
+    assert graph(x[:0]).shape == (0, 8)
+
+
+def test_int32_saturates_and_does_not_wrap():
+    codes = quantize(
+        torch.tensor([1.0, -1.0, 2.0]), torch.tensor(1 / (2**31 - 1)), torch.tensor(0), (), FORMATS["int32"]
+    )
+    assert codes[0] > 2**31 - 200 and codes[1] < -(2**31) + 200 and codes[2] == codes[0]

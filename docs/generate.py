@@ -7,7 +7,7 @@ from pathlib import Path
 import formats
 
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
-from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, QUARK
+from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, MODELOPT_PARTS, QUARK
 from graphq.config.presets import CONFIGS
 from graphq.graph.match import Match
 from graphq.graph.optable import FAMILIES
@@ -43,6 +43,13 @@ def configuration() -> str:
     for source, table in (("llm-compressor", LLM_COMPRESSOR), ("ModelOpt", MODELOPT), ("AMD Quark", QUARK)):
         lines = "\n".join(f"| `{n}` | {s.weight or ''} | {s.input or ''} |" for n, s in table.items())
         parts.append(f"## Presets of {source}\n\n| name | weight | input |\n|---|---|---|\n{lines}")
+    lines = "\n".join(
+        f"| `{n}` | {', '.join(f'`{g}`' for g in globs)} | {s.weight} | {s.input or ''} |"
+        for n, (globs, s) in MODELOPT_PARTS.items()
+    )
+    parts.append(
+        f"## Presets of ModelOpt for some linears\n\n| name | of | weight | input |\n|---|---|---|---|\n{lines}"
+    )
     return "\n\n".join(parts) + "\n"
 
 

@@ -127,6 +127,16 @@ QUARK: dict[str, Scheme] = {
 }
 
 
+_MIXER, _MOE = ("*.mixer.up_proj", "*.mixer.down_proj"), "*block_sparse_moe*"
+_NVFP4 = MODELOPT["NVFP4_DEFAULT_CFG"]
+MODELOPT_PARTS: dict[str, tuple[tuple[str, ...], Scheme]] = {  # name → globs of the linears, scheme
+    "NVFP4_MLP_ONLY_CFG": (("*mlp*", *_MIXER, _MOE, "*.experts.*"), _NVFP4),
+    "NVFP4_OMLP_ONLY_CFG": (("*o_proj*", "*mlp*", *_MIXER, _MOE), _NVFP4),
+    "NVFP4_EXPERTS_ONLY_CFG": ((_MOE, "*.experts.*"), _NVFP4),
+    "NVFP4_MLP_WEIGHT_ONLY_CFG": (("*mlp*", _MOE), Scheme(weight=QuantSpec(format="nvfp4", group_size=32))),
+    "MXFP4_MLP_WEIGHT_ONLY_CFG": (("*mlp*", _MOE), Scheme(weight=_cover("mxfp4"))),
+}
+
 # ModelOpt's names for a format together with a weight algorithm: the preset of the format, and the algorithm
 WITH_ALGORITHM = {
     "INT8_SMOOTHQUANT_CFG": ("INT8_DEFAULT_CFG", "SmoothQuant"),
@@ -158,4 +168,8 @@ KNOWN_CONFIGS: dict[str, QuantConfig] = {
     if n in LLM_COMPRESSOR
     else _config(n, LAYERS, s, ("*lm_head",), "Quark's templates")
     for n, s in KNOWN_SCHEMES.items()
+}
+KNOWN_CONFIGS |= {
+    name: _config(name, " | ".join(f"linear & {glob}" for glob in globs), scheme, MODELOPT_FLOAT, "ModelOpt")
+    for name, (globs, scheme) in MODELOPT_PARTS.items()
 }

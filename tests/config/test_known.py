@@ -6,7 +6,8 @@ from torch import nn
 
 import graphq
 from graphq.config import QuantConfig
-from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, QUARK
+from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, MODELOPT_PARTS, QUARK
+from graphq.graph.view import layers as graph_layers
 
 # format, granularity or group size, then what differs from: symmetric, static, float scale, range over the largest code
 TOKEN8, TOKEN4 = "int8 token dynamic full", "int4 token dynamic full"
@@ -114,7 +115,9 @@ class Tiny(nn.Module):
         return self.lm_head(torch.relu(self.up(x)))
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN_CONFIGS) - {"UNQUANTIZED"}))
+@pytest.mark.parametrize(
+    "name", sorted(n for n in KNOWN_CONFIGS if n not in ("UNQUANTIZED", *MODELOPT_PARTS) and ":" not in n)
+)
 def test_every_preset_quantizes_a_model(name):
     torch.manual_seed(0)
     model, x = Tiny().eval(), torch.randn(4, 256)
@@ -127,3 +130,40 @@ def test_every_preset_quantizes_a_model(name):
 
 def test_a_name_that_is_ours_too_needs_its_prefix():
     assert QuantConfig.load("int8").rules[0].scheme != QuantConfig.load("quark:int8").rules[0].scheme
+
+
+class Layered(nn.Module):
+    """The names that ModelOpt's partial configs look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.o_proj, self.mlp, self.block_sparse_moe = (nn.Linear(64, 64) for _ in range(3))
+        self.moe = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(64, 64)])})
+        self.mixer = nn.ModuleDict({"up_proj": nn.Linear(64, 64)})
+        self.layer = nn.ModuleDict({"mixer": nn.ModuleDict({"up_proj": nn.Linear(64, 64)})})
+        self.other, self.mlp_lm_head = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.block_sparse_moe(self.mlp(self.o_proj(x)))
+        x = self.layer["mixer"]["up_proj"](self.moe["experts"][0](x))
+        return self.mlp_lm_head(self.other(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "weight", "given"),
+    [
+        ("NVFP4_MLP_ONLY_CFG", {"mlp", "block_sparse_moe", "moe.experts.0", "layer.mixer.up_proj"}, NV, NVL),
+        ("NVFP4_OMLP_ONLY_CFG", {"o_proj", "mlp", "block_sparse_moe", "layer.mixer.up_proj"}, NV, NVL),
+        ("NVFP4_EXPERTS_ONLY_CFG", {"block_sparse_moe", "moe.experts.0"}, NV, NVL),
+        ("NVFP4_MLP_WEIGHT_ONLY_CFG", {"mlp", "block_sparse_moe"}, NV32, None),
+        ("MXFP4_MLP_WEIGHT_ONLY_CFG", {"mlp", "block_sparse_moe"}, f"{MX4} cover", None),
+    ],
+)
+def test_partial_configs_choose_their_layers_and_never_the_head(name, layers, weight, given):
+    config = QuantConfig.load(name)
+    graph = graphq.capture(Layered().eval(), (torch.randn(2, 64),))
+    schemes = {v.path: config.resolve(v).scheme for v in graph_layers(graph) if v.family == "linear"}
+    assert {path for path, scheme in schemes.items() if scheme} == layers
+    for scheme in filter(None, schemes.values()):
+        for spec, text in ((scheme.weight, weight), (scheme.input, given)):
+            assert (None if spec is None else spec.model_dump()) == fields(text)

@@ -87,7 +87,7 @@ def test_converting_gives_what_the_calibrated_graph_simulates(pattern):
         to_qdq(gm)
         return 1
 
-    assert prove(pattern, given=calibrated, transform=convert, equivalence="exact", examples=30).rewritten > 5
+    assert prove(pattern, given=calibrated, transform=convert, equivalence="exact", examples=15).rewritten > 5
 
 
 def codes(gm):
@@ -105,7 +105,7 @@ def test_the_integer_reference_is_at_most_one_code_from_the_simulation(pattern):
         reference = lower_to_integer_reference(gm)
         return become(gm, reference) if any(n.target in INTEGER for n in reference.graph.nodes) else 0
 
-    assert prove(pattern, given=codes, transform=lower, equivalence="one_lsb", examples=20).rewritten > 5
+    assert prove(pattern, given=codes, transform=lower, equivalence="one_lsb", examples=12).rewritten > 5
 
 
 BIASED = [Conv, Linear]  # with padding or an activation in the pattern, weight and bias are the same
@@ -126,7 +126,7 @@ def test_int32_codes_of_a_fitted_bias_are_half_a_step_from_it_at_most(pattern):
             assert ((codes * scale - biases[op.name].double()).abs() <= 0.5001 * scale).all()
         return len(added)
 
-    assert prove(pattern, given=calibrated, transform=transform, equivalence="lossy", examples=20).rewritten > 5
+    assert prove(pattern, given=calibrated, transform=transform, equivalence="lossy", examples=12).rewritten > 5
 
 
 @pytest.mark.parametrize("pattern", BIASED, ids=lambda p: p.__name__)
@@ -143,7 +143,7 @@ def test_after_the_guard_no_pair_of_weights_can_saturate(pattern):
                 assert 255 * heaviest <= 2**15 - 1
         return len(guarded)
 
-    assert prove(pattern, given=calibrated, transform=guard, equivalence="lossy", examples=20).rewritten > 5
+    assert prove(pattern, given=calibrated, transform=guard, equivalence="lossy", examples=12).rewritten > 5
 
 
 @pytest.mark.parametrize("pattern", BIASED, ids=lambda p: p.__name__)
@@ -166,7 +166,7 @@ def test_a_corrected_bias_gives_back_the_mean_product_of_the_float_weights(patte
             torch.testing.assert_close(after[name] + shift, wanted[name], rtol=1e-5, atol=1e-5)
         return len(wanted)
 
-    assert prove(pattern, given=calibrated, transform=correct, equivalence="lossy", examples=20).rewritten > 5
+    assert prove(pattern, given=calibrated, transform=correct, equivalence="lossy", examples=12).rewritten > 5
 
 
 def by_name(gm, names):

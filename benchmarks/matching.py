@@ -6,10 +6,12 @@ Graphs are chains of ATen ops in which every fifth node ends a place that a rule
 at which that rule ends, and the one that fits is the last of them. graphq and Inductor carry the same 60 (Inductor's in
 its fastest form, graph patterns with a handler that builds the node), and Inductor also the one that fits alone.
 torch.fx has no sets of rules: `replace_pattern` is called with that rule, and, for what the same rules cost, with one
-after the other. Recompiling the graph once is part of every figure; every figure is the least of the rounds.
+after the other. Recompiling the graph once is part of these figures. Beside them stands matching alone: all matches of
+graphq's 60 rules, and those of `SubgraphMatcher` with the one. Every figure is the least of the rounds.
 
 --check exits with 1 where a figure of the acceptance list fails: growth exponent ≤ 1.1; faster than Inductor with the
-one rule at 50k nodes; ≥ 20 × torch.fx at 10k, with the one rule and with the same rules.
+one rule at 50k nodes; ≥ 20 × torch.fx at 10k, in matching alone, with the same rules, and with its one rule against our
+60. The last does not hold: most of our time there is `GraphModule.recompile`, which both sides pay.
 """
 
 from __future__ import annotations
@@ -200,6 +202,11 @@ def main() -> int:
         *(["growth exponent over 1.1"] if figures["exponent"] > 1.1 else []),
         *(["slower than Inductor at 50k"] if figures["inductor with one rule over graphq with 60 at 50k"] < 1 else []),
         *(["less than 20 × torch.fx in matching alone at 10k"] if alone < 20 else []),
+        *(
+            ["less than 20 × torch.fx with the one rule at 10k"]
+            if figures["torch.fx with one rule over graphq with 60 at 10k"] < 20
+            else []
+        ),
         *(
             ["less than 20 × torch.fx with the same rules at 10k"]
             if figures["torch.fx over graphq at 10k, same rules"] < 20

@@ -8,7 +8,6 @@ from graphq.errors import ConfigError
 from graphq.export.standard import BLOCKED_OPSET, E8M0_OPSET, TYPES, WIDER
 from graphq.numerics.affine import fake_quantize, range_of
 from graphq.numerics.formats import BLOCK_FORMATS, FORMATS, Floating, Integer
-from graphq.numerics.scales import choose_qparams
 from graphq.passes.targets import get_target
 
 SHAPE = (2, 4, 64, 128)  # [batch, head, token, channel]
@@ -35,10 +34,7 @@ def sample() -> torch.Tensor:
 def error(x: torch.Tensor, spec: QuantSpec) -> float:
     """The largest error, as a share of the largest magnitude, in percent."""
     fmt, block = spec.number_format, spec.block_for(x.ndim)
-    scale, zero = choose_qparams(
-        *range_of(x, block), fmt, symmetric=spec.symmetric, scale=spec.scale, mode=spec.scale_mode, span=spec.span,
-        narrow_range=spec.narrow_range,
-    )  # fmt: skip
+    scale, zero = spec.choose(*range_of(x, block), overall=x.abs().max())
     y = fake_quantize(x, scale, zero, block, fmt, narrow_range=spec.narrow_range)
     return 100 * ((y - x).abs().max() / x.abs().max()).item()
 
@@ -97,8 +93,8 @@ def exports(name: str) -> str:
 
 def page(head: str) -> str:
     x = sample()
-    rows = [f"| format | bits | codes | {' | '.join(GRANULARITIES)} | where it exports |", "|---" * 10 + "|"]
-    rows = [rows[0], "|" + "---|" * (len(GRANULARITIES) + 4)]
+    head_row = f"| format | bits | codes | {' | '.join(GRANULARITIES)} | where it exports |"
+    rows = [head_row, "|" + "---|" * (len(GRANULARITIES) + 4)]
     for name in (*FORMATS, *(n for n in BLOCK_FORMATS if n not in FORMATS)):
         if name.endswith(("int9", "int10", "int11", "int12", "int13", "int14", "int15")):
             continue

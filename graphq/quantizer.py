@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
 from graphq.numerics.affine import check_divides, fake_quantize, unmasked_range
-from graphq.numerics.scales import choose_qparams
 from graphq.numerics.ste import ceil_through, fake_quantize_through, relative, round_through
 from graphq.observers import Observer, make_observer
 
@@ -107,15 +106,7 @@ class TensorQuantizer(nn.Module):
         if self.spec.dynamic:
             self.observer, self.state = None, "quantize"
         else:
-            self.set_qparams(*self.choose(lo, hi))
-
-    def choose(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero point) for a range per block, as the spec wants them."""
-        s = self.spec
-        return choose_qparams(
-            lo, hi, s.number_format, symmetric=s.symmetric, narrow_range=s.narrow_range,
-            scale=s.scale, mode=s.scale_mode, span=s.span, overall=self.overall if s.scale == "e4m3" else None,
-        )  # fmt: skip
+            self.set_qparams(*self.spec.choose(lo, hi, self.overall))
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take scale (float32) and zero point (int32), one per block, as they are."""
@@ -176,7 +167,7 @@ class TensorQuantizer(nn.Module):
             return self.qparams
         if not self.spec.ragged and self.block:
             check_divides(x.shape, self.block, self.label)
-        return self.choose(*unmasked_range(x.detach(), self.block))
+        return self.spec.choose(*unmasked_range(x.detach(), self.block), overall=self.overall)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state == "train":
@@ -197,7 +188,7 @@ class TensorQuantizer(nn.Module):
         """Let the range follow what the observer has seen so far."""
         self.update(x)
         assert self.observer is not None
-        self.scale, self.zero_point = self.choose(*self.observer.range())
+        self.scale, self.zero_point = self.spec.choose(*self.observer.range(), overall=self.overall)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"state": self.state}

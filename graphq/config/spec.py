@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
+from torch import Tensor
 
 from graphq.config.readable import ConfigModel
 from graphq.errors import ConfigError
 from graphq.numerics.formats import BLOCK_FORMATS, Format, Integer, SharedExponents, get_format
 from graphq.numerics.rounding import Rounding
-from graphq.numerics.scales import ScaleKind, ScaleMode, Span
+from graphq.numerics.scales import ScaleKind, ScaleMode, Span, choose_qparams
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 HEAD_AXIS = 1  # of attention tensors [batch, head, token, channel]
@@ -104,6 +105,15 @@ class QuantSpec(ConfigModel):
     @property
     def number_format(self) -> Format:
         return get_format(self.format)
+
+    def choose(self, lo: Tensor, hi: Tensor, overall: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(scale, zero point) for a range per block. overall: the largest magnitude of the tensor, for scales of kind
+        "e4m3"; without it, as while ranges are searched, these are taken for floats."""
+        kind = "float" if self.scale == "e4m3" and overall is None else self.scale
+        return choose_qparams(
+            lo, hi, self.number_format, symmetric=self.symmetric, narrow_range=self.narrow_range,
+            scale=kind, mode=self.scale_mode, span=self.span, overall=overall,
+        )  # fmt: skip
 
     def block_for(self, rank: int, channel_axis: int = 0) -> tuple[int, ...]:
         """The block shape (see `graphq.numerics.affine`) of this spec for a tensor of that rank.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
-from graphq.numerics.affine import range_of
+from graphq.numerics.affine import MASK_VALUE, range_of
 from graphq.observers.base import OBSERVERS, finite_range, nothing_seen
 
 
@@ -16,7 +16,7 @@ def batch_range(x: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if not block:
         return torch.tensor(min(lo, 0.0), device=x.device), torch.tensor(max(hi, 0.0), device=x.device)
     if kept.shape != x.shape:
-        x = x.masked_fill(~(x > -1e30), 0.0)
+        x = x.masked_fill(~(x > MASK_VALUE), 0.0)
     return range_of(x.float(), block)
 
 

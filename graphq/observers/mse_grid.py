@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
-from graphq.numerics.affine import blocks_of, fake_quantize
-from graphq.numerics.scales import choose_qparams
+from graphq.numerics.affine import MASK_VALUE, blocks_of, fake_quantize
 from graphq.observers.base import OBSERVERS
 from graphq.observers.minmax import MovingAverage, batch_range
 
@@ -36,7 +35,7 @@ class MseGrid(MovingAverage):
     def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Extremes as in `moving_average`, shrunken to the best."""
         lo, hi = batch_range(x, self.block)
-        x = x.float().masked_fill(x <= -1e30, 0.0)
+        x = x.float().masked_fill(x <= MASK_VALUE, 0.0)
         best = torch.full_like(lo, torch.inf)
         share, idle = torch.ones_like(lo), 0
         for step in range(self.steps):
@@ -51,10 +50,6 @@ class MseGrid(MovingAverage):
 
     def _loss(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         s = self.spec
-        kind = "float" if s.scale == "e4m3" else s.scale  # the scale over all blocks is not known yet
-        scale, zero = choose_qparams(
-            lo, hi, s.number_format, symmetric=s.symmetric, narrow_range=s.narrow_range, scale=kind,
-            mode=s.scale_mode, span=s.span,
-        )  # fmt: skip
+        scale, zero = s.choose(lo, hi)
         y = fake_quantize(x, scale, zero, self.block, s.number_format, narrow_range=s.narrow_range)
         return blocks_of((y - x).abs_().pow_(self.norm), self.block).sum(-1)

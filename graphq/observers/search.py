@@ -14,7 +14,6 @@ from torch import Tensor
 from graphq.config.spec import QuantSpec
 from graphq.numerics.floating import round_to_grid_
 from graphq.numerics.formats import Floating
-from graphq.numerics.scales import choose_qparams
 from graphq.observers.base import OBSERVERS
 from graphq.observers.histogram import SAMPLE, Histogram
 
@@ -66,10 +65,7 @@ class RangeSearch:
     def _codes(self, centers: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, values) [candidates, bins] of the bin centers under each range."""
         s, fmt = self.spec, self.spec.number_format
-        kind = "float" if s.scale == "e4m3" else s.scale  # the scale over all blocks is not known yet
-        scale, zero = choose_qparams(
-            lo, hi, fmt, symmetric=s.symmetric, narrow_range=s.narrow_range, scale=kind, mode=s.scale_mode, span=s.span
-        )
+        scale, zero = s.choose(lo, hi)
         step, middle = scale.double()[:, None], zero.double()[:, None]
         if isinstance(fmt, Floating):
             codes = round_to_grid_((centers / step).float(), fmt).double()

@@ -15,8 +15,9 @@ from .simulation import FAMILIES
 from .table import TARGETS, Kernel, Target
 
 ACTIVATIONS = frozenset(
-    f"{n}" for n in ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "fp8_e4m3", "fp8_e5m2")
-) | {"fp4_e2m1", "fp6_e3m2", "fp6_e2m3"}
+    ("int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1",
+     "fp6_e3m2", "fp6_e2m3")
+)  # fmt: skip
 WEIGHTS = ACTIVATIONS | {"int3", "uint3", "int5", "uint5", "int6", "uint6", "int7", "uint7"}
 
 

@@ -17,7 +17,8 @@ FAMILIES = ("conv", "conv_transpose", "linear", "linear_activation", "matmul")
 
 def _no_runtime(gm: fx.GraphModule) -> fx.GraphModule:
     raise TargetError(
-        "the target 'simulation' has no runtime to export to", remedy="Prepare the model for target='onnxruntime'."
+        "the target 'simulation' has no runtime to export to",
+        remedy="Prepare the model for target='onnxruntime' or 'onnx'.",
     )
 
 

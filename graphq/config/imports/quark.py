@@ -70,8 +70,7 @@ def spec_of(spec: Any) -> QuantSpec:
     s = take(plain(spec), "a Quark tensor config", FIELDS)
     dtype = _word(s.get("dtype", "int8"))
     if dtype == "mx":
-        dtype = "mx" + {"fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2", "fp6_e3m2": "fp6_e3m2", "fp6_e2m3": "fp6_e2m3",
-                        "fp4": "fp4", "int8": "int8"}[_word(s["mx_element_dtype"])]  # fmt: skip
+        dtype = "mx" + _word(s["mx_element_dtype"])
     format = FORMAT_OF.get(dtype, dtype)
     if format not in FORMATS and format not in BLOCK_FORMATS:
         raise ConfigError(f"Quark's {dtype!r} has no counterpart", remedy="Use another dtype.")

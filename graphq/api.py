@@ -104,7 +104,7 @@ def prepare(
     with uncollected():
         gm = fork(captured)
         canonical = canonical or canonical_pipeline()
-        canonical(gm, recompile=False)
+        canonical(gm)
         annotate(gm, config, target)
         check_stage(gm, decided, after="annotate")
         insert_quantizers(gm)

@@ -25,6 +25,7 @@ from torch import fx
 from graphq.errors import ExportError
 from graphq.export import standard
 from graphq.graph.capture import Example, example_of
+from graphq.graph.generated import generate
 from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
 from graphq.graph.view import module_stack
 
@@ -103,6 +104,7 @@ def _writable(path: Path) -> Path:
 def to_onnx(gm: fx.GraphModule, example: Example, translations: Mapping[Any, Callable[..., Any]]) -> ir.Model:
     """Translate a graph of ATen ops and graphq's ONNX ops; float graphs too."""
     with quiet(), torch.no_grad():
+        generate(gm)
         program = torch.export.export(gm, example.args, example.kwargs, dynamic_shapes=example.dynamic_shapes)
         translated = torch.onnx.export(
             program,

@@ -31,10 +31,12 @@ class Match:
         self.origins: dict[fx.Node, fx.Node] = {}  # what was built → the op whose metadata it has
         self.nodes: list[fx.Node] = []  # matched ops, users before producers
         self._bound: dict[str, Any] = dict.fromkeys(pattern.captures)
-        self._bound |= {k: v for k, v in binding.items() if isinstance(k, str)}
+        for expr, met in binding.items():
+            if isinstance(expr, str):
+                self._bound[expr] = met
         for expr, met in binding.items():
             if isinstance(expr, (Call, Chain)):
-                self.nodes.extend(met if isinstance(met, tuple) else [met])
+                self.nodes.extend(met if isinstance(met, tuple) else (met,))
                 self._bound[self._unique(expr.name)] = met[0] if isinstance(expr, Chain) else met
         self.roots = [LayerView(gm, _matched(binding, expr)) for expr in pattern.outputs]
         self.root = self.roots[0]
@@ -84,7 +86,7 @@ class Match:
         with self.gm.graph.inserting_before(self.front):
             node = self.gm.graph.call_function(target, *plain)  # type: ignore[misc]
         origin = (like or self.root).node
-        node.meta = dict(origin.meta)
+        node.meta.update(origin.meta)
         if like is None:
             node.meta.pop(DECISION, None)
         self.created.append(node)
@@ -132,13 +134,15 @@ class RuleIndex:
 
     def at(self, gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[Any, Iterator[Match]]]:
         """Every rule with this op at its root, and its matches there: one, or several where operands commute."""
-        if node.op != "call_function" or node.target not in self._by_root:
+        if node.op != "call_function":
             return
         makers = tuple(a.target if isinstance(a, fx.Node) and a.op == "call_function" else None for a in node.args[:2])
         key = (node.target, makers)
-        if key not in self._fitting:
-            self._fitting[key] = [(r, p) for r, p in self._by_root[node.target] if _may_fit(p.expr, makers)]
-        for rule, pattern in self._fitting[key]:
+        fitting = self._fitting.get(key)
+        if fitting is None:
+            fitting = [(r, p) for r, p in self._by_root.get(node.target, ()) if _may_fit(p.expr, makers)]
+            self._fitting[key] = fitting
+        for rule, pattern in fitting:
             yield rule, (Match(gm, pattern, bound) for bound in find(pattern, node))
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -33,8 +32,7 @@ from graphq.graph.view import parameter, schema_of
 Binding = dict[Any, Any]  # capture name → value; Call, Chain → the node (Each: a tuple of nodes) that it matched
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """Where a value stands, for messages: an argument of a node."""
 
     node: fx.Node | None
@@ -96,7 +94,8 @@ def _match_capture(expr: Capture, value: Any, bound: Binding, edge: Edge, trail:
 
 
 def _match_call(expr: Call, value: Any, bound: Binding, edge: Edge, trail: Trail | None) -> Iterator[Binding]:
-    if not isinstance(value, fx.Node) or value.target not in expr.targets:
+    orders = arguments(expr, value.target) if isinstance(value, fx.Node) else None
+    if orders is None:
         if trail:
             wanted = " or ".join(sorted({short(t) for t in expr.targets}))
             trail.stop(bound, edge.node, f"{edge} is {named(value)}, the pattern asks for {wanted}")
@@ -107,31 +106,73 @@ def _match_call(expr: Call, value: Any, bound: Binding, edge: Edge, trail: Trail
         elif trail:
             trail.stop(bound, edge.node, f"{edge} is {named(value)}, the pattern asks for {named(bound[expr])} again")
         return
-    names, defaults = schema_of(value.target)
-    if len(expr.args) > len(names) or any(k not in defaults and k not in names for k in expr.kwargs):
-        if trail:
-            trail.stop(bound, value, f"{named(value)} does not take the arguments of the pattern")
-        return
+    if trail and not orders:
+        trail.stop(bound, value, f"{named(value)} does not take the arguments of the pattern")
     bound = {**bound, expr: value}
-    fixed = [(e, _argument(value, k, names, defaults), Edge(value, k)) for k, e in expr.kwargs.items()]
-    given = [(_argument(value, k, names, defaults), Edge(value, k)) for k in names[: len(expr.args)]]
-    orders = [expr.args, expr.args[::-1]] if expr.commutes and len(expr.args) == 2 else [expr.args]
     for order in orders:
-        pairs = fixed + [(e, v, at) for e, (v, at) in zip(order, given, strict=True)]
-        pairs.sort(key=_cost)  # what is quickly refused first; captures take whatever is left
-        yield from _match_all(pairs, 0, bound, trail)
+        yield from _match_arguments(value, order, 0, bound, trail)
 
 
-def _argument(node: fx.Node, name: str, names: tuple[str, ...], defaults: dict[str, Any]) -> Any:
-    position = names.index(name)
-    if position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get(name, defaults.get(name))
+class Argument(NamedTuple):
+    """What a pattern asks of one argument of an op."""
+
+    expr: Any
+    name: str
+    position: int
+    default: Any
+    match: Callable[..., Iterator[Binding]]
+
+    def of(self, node: fx.Node) -> Any:
+        """The argument's value in a call."""
+        given = node.args
+        return given[self.position] if self.position < len(given) else node.kwargs.get(self.name, self.default)
 
 
-def _cost(pair: tuple[Any, Any, Edge]) -> int:
-    expr = pair[0]
+def arguments(expr: Call, target: Any) -> tuple[tuple[Argument, ...], ...] | None:
+    """What a pattern asks of the arguments of an op, in every order it allows; none if the op does not take them, None
+    if it is another op."""
+    known = expr.orders.get(target)
+    if known is not None:
+        return known
+    if target not in expr.targets:
+        return None
+    names, defaults = schema_of(target)
+    takes = len(expr.args) <= len(names) and all(k in defaults or k in names for k in expr.kwargs)
+    orders = [expr.args, expr.args[::-1]] if expr.commutes and len(expr.args) == 2 else [expr.args]
+    expr.orders[target] = tuple(
+        tuple(
+            # what is quickly refused first; captures take whatever is left
+            sorted(
+                (
+                    Argument(e, name, names.index(name), defaults.get(name), _MATCHERS.get(type(e), _match_constant))
+                    for name, e in (*expr.kwargs.items(), *zip(names, order, strict=False))
+                ),
+                key=lambda argument: _cost(argument.expr),
+            )
+        )
+        for order in orders
+        if takes
+    )
+    return expr.orders[target]
+
+
+def _cost(expr: Any) -> int:
     return 2 if isinstance(expr, Capture) else 1 if isinstance(expr, (Call, Chain, Once, Either, Each)) else 0
+
+
+def _match_arguments(
+    node: fx.Node, order: tuple[Argument, ...], at: int, bound: Binding, trail: Trail | None
+) -> Iterator[Binding]:
+    if not order:  # an op without arguments
+        yield bound
+        return
+    argument = order[at]
+    met = argument.match(argument.expr, argument.of(node), bound, Edge(node, argument.name), trail)
+    if at == len(order) - 1:
+        yield from met
+    else:
+        for more in met:
+            yield from _match_arguments(node, order, at + 1, more, trail)
 
 
 def _match_all(pairs: list[tuple[Any, Any, Edge]], at: int, bound: Binding, trail: Trail | None) -> Iterator[Binding]:
@@ -272,6 +313,12 @@ _MATCHERS: dict[type, Callable[..., Iterator[Binding]]] = {
 
 def find(pattern: Pattern, node: fx.Node, trail: Trail | None = None) -> Iterator[Binding]:
     """Every binding of a pattern whose first result is this node."""
+    if len(pattern.outputs) == 1:
+        return match_expr(pattern.expr, node, {}, ROOT, trail)
+    return _several(pattern, node, trail)
+
+
+def _several(pattern: Pattern, node: fx.Node, trail: Trail | None) -> Iterator[Binding]:
     for bound in match_expr(pattern.expr, node, {}, ROOT, trail):
         yield from _others(pattern.outputs[1:], bound, (node,), trail)
 

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from graphq.errors import PassError, did_you_mean
 from graphq.graph.capture import example_of
 from graphq.graph.equivalence import Equivalence, broken, weakest
+from graphq.graph.garbage import uncollected
+from graphq.graph.generated import generate_when_called
 from graphq.graph.infer import infer
 from graphq.graph.invariants import Invariant, check_all, check_graph, is_checking
 from graphq.graph.match import Match, RuleIndex
@@ -102,6 +104,7 @@ class RewritePass:
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         return checked(self, gm, lambda: self._run(gm))
 
+    @uncollected()
     @torch.no_grad()  # else a rewritten weight would keep all that it was computed from
     def _run(self, gm: fx.GraphModule) -> PassResult:
         result = PassResult(self.name)
@@ -209,7 +212,7 @@ def _keep_names(match: Match, gone: set[fx.Node]) -> None:
 
 
 class Pipeline:
-    """Passes in order; dead code goes and the module is recompiled once, at the end.
+    """Passes in order; then dead code goes. The graph's code is generated once, when it is next called.
 
     `before`, `after` and `replace` give a new pipeline, so that a list in use never changes under its user.
     """
@@ -223,10 +226,10 @@ class Pipeline:
                 )
         self.name, self.passes = name, tuple(passes)
 
-    def __call__(self, gm: fx.GraphModule, *, recompile: bool = True) -> list[PassResult]:
-        """Run all passes. recompile: not needed where more passes follow before the graph is called."""
+    def __call__(self, gm: fx.GraphModule) -> list[PassResult]:
+        """Run all passes."""
         results = [p(gm) for p in self.passes]
-        finish(gm, recompile=recompile)
+        tidy(gm)
         return results
 
     def __repr__(self) -> str:
@@ -257,10 +260,13 @@ class Pipeline:
 def checked(step: Pass, gm: fx.GraphModule, run: Callable[[], PassResult]) -> PassResult:
     """Run one pass; inside `checking()` also check what it requires, ensures and promises."""
     if not is_checking():
-        return run()
+        result = run()
+        generate_when_called(gm)
+        return result
     check_all(gm, *step.requires, after=f"before {step.name}")
     wanted = _outputs(gm)
     result = run()
+    generate_when_called(gm)
     check_all(gm, *step.ensures, after=step.name)
     reason = broken(step.equivalence, wanted, _outputs(gm))
     if reason is not None:
@@ -282,10 +288,15 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
     return pytree.tree_leaves(fx.Interpreter(gm).run(*inputs, enable_io_processing=False))
 
 
-def finish(gm: fx.GraphModule, *, recompile: bool = True) -> None:
-    """Leave the graph clean: no dead code, no unused tensors, invariants checked, code compiled."""
+def finish(gm: fx.GraphModule) -> None:
+    """Leave a graph as its user gets it: tidy, with its code generated."""
+    tidy(gm)
+    gm.recompile()
+
+
+def tidy(gm: fx.GraphModule) -> None:
+    """No dead code, no unused tensors, invariants checked."""
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     drop_unused_parameters(gm)
     check_graph(gm)
-    if recompile:
-        gm.recompile()
+    generate_when_called(gm)

@@ -79,6 +79,7 @@ class Call(Expr):
     commutes: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    orders: dict[Any, Any] = field(default_factory=dict, repr=False)  # op met → its arguments, kept by the matcher
 
 
 @dataclass(frozen=True, eq=False)

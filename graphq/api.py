@@ -28,7 +28,9 @@ from graphq.passes.placement import (
     annotate,
     correct_bias,
     fit_bias,
+    give_importance,
     guard_saturation,
+    importance_watchers,
     insert_quantizers,
     mean_products,
     mean_watchers,
@@ -137,11 +139,13 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
     watchers = mean_watchers(prepared) if prepared.meta["graphq_config"].bias_correction else {}
     for q in every.values():
         q.observe()
+    weighing = importance_watchers(prepared)
     try:
         together = not any(q.spec.observer == "moving_average" for q in every.values())
-        with watching(prepared, watchers):
+        with watching(prepared, [*watchers.items(), *weighing.items()]):
             run_calibration(prepared, data, progress=progress, together=together)
         wanted = mean_products(prepared, watchers) if watchers else {}
+        give_importance(prepared, weighing)
         _observe_constants(prepared)
         shared = shared_magnitudes(prepared)
         for q in every.values():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
 from graphq.numerics.affine import check_divides, fake_quantize, unmasked_range
+from graphq.numerics.scales import BLOCK_KINDS
 from graphq.numerics.ste import ceil_through, fake_quantize_through, relative, round_through
 from graphq.observers import Observer, make_observer
 
@@ -89,7 +90,7 @@ class TensorQuantizer(nn.Module):
 
     def freeze(self, overall: Tensor | None = None) -> None:
         """Fix scale and zero point from what was observed; the observer is let go. overall: the largest magnitude of
-        all tensors that share a scale per tensor (kind "e4m3"), where there are others."""
+        all tensors that share a scale per tensor (kinds of two levels), where there are others."""
         if self.then is not None:
             self.then.freeze()
         if self.spec.dynamic is True:
@@ -126,7 +127,7 @@ class TensorQuantizer(nn.Module):
     def trainable(self, learn: Learn, *, clip: bool) -> None:
         """From now on gradients flow. learn: what is trained of the scale: nothing, the scale (LSQ), also the zero
         point ("offset", of affine specs), or the exponent of a power of two ("threshold", TQT)."""
-        if self.spec.dynamic or self.spec.scale == "e4m3":  # block scales in e4m3 stay as calibrated
+        if self.spec.dynamic or self.spec.scale in BLOCK_KINDS:  # block scales on a grid stay as calibrated
             learn = ""
         elif learn and self.spec.scale in ("pof2", "e8m0", "bfp"):
             learn = "threshold"  # they are powers of two, and stay so

@@ -98,6 +98,14 @@ MODELOPT_FLOAT = (
     "*vision_model*", "*multi_modal_projector*", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LeakyReLU", "Embedding",
 )  # fmt: skip
 
+
+def _amdfp4(size: int, kind: str, dynamic: bool | str) -> Scheme:
+    fields = {"format": "fp4_e2m1", "granularity": "group", "group_size": size, "scale": kind}
+    return Scheme(
+        weight=QuantSpec.model_validate(fields), input=QuantSpec.model_validate({**fields, "dynamic": dynamic})
+    )
+
+
 _INT8_TENSOR = _full("int8", "tensor")
 _BFP16, _BFP16_DYNAMIC = QuantSpec(format="bfp16"), QuantSpec(format="bfp16", dynamic=True)
 QUARK: dict[str, Scheme] = {
@@ -122,6 +130,8 @@ QUARK: dict[str, Scheme] = {
     "mx6": Scheme(weight=QuantSpec(format="mx6"), input=QuantSpec(format="mx6", dynamic=True)),
     "mx9": Scheme(weight=QuantSpec(format="mx9"), input=QuantSpec(format="mx9", dynamic=True)),
     "bfp16": Scheme(weight=_BFP16, input=_BFP16_DYNAMIC),
+    **{n: _amdfp4(s, "e5m3", True) for n, s in (("amdfp4", 16), ("amdfp4_g32", 32))},
+    **{f"amdfp4_global{s}": _amdfp4(s, "e5m3_global", "local") for s in (16, 32)},
     "nvfp4": Scheme(weight=NVFP4, input=NVFP4_LOCAL),
     "fp4_block16_scale_e4m3": Scheme(weight=NVFP4, input=NVFP4_LOCAL),
 }
@@ -137,6 +147,19 @@ MODELOPT_PARTS: dict[str, tuple[tuple[str, ...], Scheme]] = {  # name → globs 
     "MXFP4_MLP_WEIGHT_ONLY_CFG": (("*mlp*", _MOE), Scheme(weight=_cover("mxfp4"))),
 }
 
+_MAMBA_FLOAT = ("*fc1_latent_proj*", "*fc2_latent_proj*", "*q_proj*", "*k_proj*", "*v_proj*", "*o_proj*",
+                "*self_attention.linear_qkv*", "*self_attention.linear_proj*")  # fmt: skip
+_MAMBA_CONSERVATIVE = (*_MAMBA_FLOAT, "*mixer.in_proj*", "*mixer.out_proj*")
+MODELOPT_MAMBA: dict[str, tuple[Scheme, tuple[str, ...]]] = {  # name → scheme of all layers, globs that stay float
+    f"MAMBA_MOE_{name}_{how}_CFG": (MODELOPT[f"{name}_DEFAULT_CFG"], floats)
+    for name in ("FP8", "NVFP4")
+    for how, floats in (("AGGRESSIVE", _MAMBA_FLOAT), ("CONSERVATIVE", _MAMBA_CONSERVATIVE))
+}
+MODELOPT_ATTENTION: dict[str, Scheme] = {  # what enters attention; layers stay float
+    "FP8_KV_CFG": Scheme(cache=FP8),
+    "NVFP4_KV_CFG": Scheme(cache=NVFP4_LOCAL),
+}
+
 # ModelOpt's names for a format together with a weight algorithm: the preset of the format, and the algorithm
 WITH_ALGORITHM = {
     "INT8_SMOOTHQUANT_CFG": ("INT8_DEFAULT_CFG", "SmoothQuant"),
@@ -146,6 +169,12 @@ WITH_ALGORITHM = {
     "NVFP4_AWQ_FULL_CFG": ("NVFP4_DEFAULT_CFG", "AWQ"),
     "NVFP4_SVDQUANT_DEFAULT_CFG": ("NVFP4_DEFAULT_CFG", "SVDQuant"),
     "W4A8_AWQ_BETA_CFG": ("W4AFP8", "AWQ"),
+    "NVFP4_FOUR_OVER_SIX_CFG": ("NVFP4_DEFAULT_CFG", "Four over Six"),
+    "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": ("NVFP4_DEFAULT_CFG", "local Hessian"),
+    "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": ("NVFP4_DEFAULT_CFG", "MSE sweep of the block scales"),
+    "FP8_AFFINE_KV_CFG": ("FP8_KV_CFG", "affine keys and values"),
+    "NVFP4_AFFINE_KV_CFG": ("NVFP4_KV_CFG", "affine keys and values"),
+    "NVFP4_KV_ROTATE_CFG": ("NVFP4_KV_CFG", "rotation of keys"),
 }
 
 
@@ -173,3 +202,12 @@ KNOWN_CONFIGS |= {
     name: _config(name, " | ".join(f"linear & {glob}" for glob in globs), scheme, MODELOPT_FLOAT, "ModelOpt")
     for name, (globs, scheme) in MODELOPT_PARTS.items()
 }
+KNOWN_CONFIGS |= {
+    name: _config(name, LAYERS, scheme, (*MODELOPT_FLOAT, *floats), "ModelOpt")
+    for name, (scheme, floats) in MODELOPT_MAMBA.items()
+}
+KNOWN_CONFIGS |= {name: _config(name, "attention", scheme, (), "") for name, scheme in MODELOPT_ATTENTION.items()}
+KNOWN_CONFIGS["NVFP4_FP8_MHA_CONFIG"] = QuantConfig(
+    name="NVFP4_FP8_MHA_CONFIG",
+    rules=(Rule(select=LAYERS, scheme=_NVFP4), Rule(select="attention", scheme=Scheme(input=FP8), optional=True)),
+)

@@ -18,10 +18,17 @@ class Scheme(ConfigModel):
     output: QuantSpec | None = Field(
         None, description="Activations that leave the layer; None: as the consumers and the target's kernel ask."
     )
+    cache: QuantSpec | None = Field(
+        None, description="Keys and values that enter attention, as a KV cache keeps them; None: as input says."
+    )
     bias: QuantSpec | None = Field(
         None, description="The bias; None: int32 with scale input·weight where the kernel wants it."
     )
 
     def __str__(self) -> str:
-        parts = [f"{k} {v}" for k, v in (("w", self.weight), ("in", self.input), ("out", self.output)) if v]
+        parts = [
+            f"{k} {v}"
+            for k, v in (("w", self.weight), ("in", self.input), ("out", self.output), ("kv", self.cache))
+            if v
+        ]
         return ", ".join(parts) or "float"

@@ -11,7 +11,7 @@ from graphq.config.readable import ConfigModel
 from graphq.errors import ConfigError
 from graphq.numerics.formats import BLOCK_FORMATS, Format, Integer, SharedExponents, get_format
 from graphq.numerics.rounding import Rounding
-from graphq.numerics.scales import ScaleKind, ScaleMode, Span, choose_qparams
+from graphq.numerics.scales import BLOCK_KINDS, TWO_LEVEL, ScaleKind, ScaleMode, Span, choose_qparams
 
 Granularity = Literal["tensor", "channel", "group", "block", "token", "head"]
 HEAD_AXIS = 1  # of attention tensors [batch, head, token, channel]
@@ -48,13 +48,15 @@ class QuantSpec(ConfigModel):
     dynamic: bool | Literal["local"] = Field(
         False,
         description="Find the range anew at every call, instead of by calibration. 'local': of blocks; the scale of "
-        "the tensor over them (scale 'e4m3') is calibrated.",
+        "the tensor over them (scale 'e4m3' or 'e5m3_global') is calibrated.",
     )
     narrow_range: bool = Field(False, description="Leave out the lowest code of a signed format (-128 of int8).")
     rounding: Rounding = Field("half_even", description="How values between two codes round.")
     saturate: bool = Field(True, description="Float formats: what is too large becomes the largest value.")
     scale: ScaleKind = Field(
-        "float", description="Kind of scale: any float, power of two (pof2, e8m0, bfp), or e4m3 over a tensor scale."
+        "float",
+        description="Kind of scale: any float, power of two (pof2, e8m0, bfp), e5m3, or over a tensor scale "
+        "(e4m3, e5m3_global).",
     )
     scale_mode: ScaleMode = Field(
         "even",
@@ -91,10 +93,12 @@ class QuantSpec(ConfigModel):
             raise ValueError("the number of tokens is not known before the call: granularity 'token' is dynamic")
         if self.dynamic and self.granularity in ("channel", "block", "head"):
             raise ValueError("a dynamic range is found per tensor, token or group")
-        if self.dynamic == "local" and self.scale != "e4m3":
-            raise ValueError("dynamic 'local' is for scales of kind 'e4m3', which have a scale of the tensor over them")
-        if self.scale == "e4m3" and self.granularity not in ("group", "block"):
-            raise ValueError("scales of kind 'e4m3' are those of groups or blocks")
+        if self.dynamic == "local" and self.scale not in TWO_LEVEL:
+            raise ValueError(
+                f"dynamic 'local' is for scales of kind {' or '.join(TWO_LEVEL)}, with a scale of the tensor over them"
+            )
+        if self.scale in BLOCK_KINDS and self.granularity not in ("group", "block"):
+            raise ValueError(f"scales of kind {self.scale!r} are those of groups or blocks")
         if isinstance(fmt, SharedExponents) and self.scale != "e8m0":
             raise ValueError(f"{self.format} has scales of kind 'e8m0'")
         return self
@@ -107,9 +111,9 @@ class QuantSpec(ConfigModel):
         return get_format(self.format)
 
     def choose(self, lo: Tensor, hi: Tensor, overall: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(scale, zero point) for a range per block. overall: the largest magnitude of the tensor, for scales of kind
-        "e4m3"; without it, as while ranges are searched, these are taken for floats."""
-        kind = "float" if self.scale == "e4m3" and overall is None else self.scale
+        """(scale, zero point) for a range per block. overall: the largest magnitude of the tensor, for scales of two
+        levels; without it, as while ranges are searched, these are taken for floats."""
+        kind = "float" if self.scale in TWO_LEVEL and overall is None else self.scale
         return choose_qparams(
             lo, hi, self.number_format, symmetric=self.symmetric, narrow_range=self.narrow_range,
             scale=kind, mode=self.scale_mode, span=self.span, overall=overall,

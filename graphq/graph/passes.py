@@ -207,7 +207,7 @@ def _keep_names(match: Match, gone: set[fx.Node]) -> None:
     """What was built goes by the name of the op whose place it takes, where that op is gone."""
     for node, origin in match.origins.items():
         if origin in gone and node not in gone:
-            node.name = origin.name
+            object.__setattr__(node, "name", origin.name)  # fx.Node would look its op up again, which stays
             gone = gone - {origin}
 
 

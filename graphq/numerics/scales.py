@@ -4,6 +4,8 @@ float   any float32: largest magnitude / largest code, or range / number of step
 pof2    the power of two nearest to that (AMD Quark's power-of-two scales)
 e8m0    a power of two by the exponent of the largest magnitude (OCP Microscaling v1.0)
 e4m3    fp8 e4m3, in units of one float32 scale per tensor (NVFP4)
+e5m3    an unsigned float of 5 exponent and 3 mantissa bits (AMD Quark's amdfp4)
+e5m3_global  the same in units of one float32 scale per tensor (amdfp4_global16)
 bfp     a power of two at which no code overflows (AMD Quark's BFP16)
 """
 
@@ -16,14 +18,17 @@ from torch import Tensor
 
 from graphq.numerics.formats import FORMATS, Floating, Format, Integer
 
-ScaleKind = Literal["float", "pof2", "e8m0", "e4m3", "bfp"]
+ScaleKind = Literal["float", "pof2", "e8m0", "e4m3", "e5m3", "e5m3_global", "bfp"]
 ScaleMode = Literal["floor", "ceil", "even", "cover"]
 Span = Literal["positive", "full"]
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 SMALLEST_EXPONENT = -127  # of E8M0, which has no zero
-E4M3 = FORMATS["fp8_e4m3"]
-ZERO_E4M3 = 0.125  # stands in for a block scale that is rounded to zero; all values of such a block round to zero
+E5M3 = Floating("e5m3", 8, False, torch.uint8, exponent=5, fraction=3, beyond="nan")
+# kinds of block scales in units of a scale per tensor → their format, and what stands in for a scale that is rounded to
+# zero (all values of such a block round to zero)
+TWO_LEVEL: dict[str, tuple[Format, float]] = {"e4m3": (FORMATS["fp8_e4m3"], 0.125), "e5m3_global": (E5M3, 2.0**-17)}
+BLOCK_KINDS = ("e5m3", *TWO_LEVEL)
 
 
 def choose_qparams(
@@ -42,8 +47,8 @@ def choose_qparams(
 
     Symmetric: scale = max(|lo|, |hi|) / qmax, zero point 0 (the middle code for unsigned formats); span "full" divides
     by (qmax - qmin) / 2 instead. Affine: scale = (hi - lo) / (qmax - qmin), zero point = round(qmin - lo / scale).
-    Computed in float64. mode: how "e8m0" rounds the exponent. overall: the largest magnitude of the tensor, for "e4m3";
-    None: that of the given ranges. A range of zero width gets scale 1, never 0.
+    Computed in float64. mode: how "e8m0" rounds the exponent. overall: the largest magnitude of the tensor, for kinds
+    of two levels; None: that of the given ranges. A range of zero width gets scale 1, never 0.
     """
     lo, hi = lo.double().clamp(max=0), hi.double().clamp(min=0)
     amax = torch.maximum(-lo, hi)
@@ -58,8 +63,10 @@ def choose_qparams(
         ideal = shared_exponent(amax, fmt, mode)
     elif scale == "bfp":
         ideal = _without_overflow(lo, hi, fmt)
-    elif scale == "e4m3":
-        ideal = ideal_in_units(ideal, fmt, amax.max() if overall is None else overall.double())
+    elif scale == "e5m3":
+        ideal = _rounded(ideal, E5M3, 2.0**-17)
+    elif scale in TWO_LEVEL:
+        ideal = ideal_in_units(ideal, fmt, amax.max() if overall is None else overall.double(), scale)
     dead = (amax == 0) | (ideal < (2.0**SMALLEST_EXPONENT if scale == "e8m0" else SMALLEST_SCALE))
     chosen = torch.where(dead, torch.ones_like(ideal), ideal).float()
     return chosen, torch.full_like(chosen, middle, dtype=torch.int32)
@@ -97,19 +104,25 @@ def shared_exponent(amax: Tensor, fmt: Format, mode: ScaleMode) -> Tensor:
     return torch.exp2(exponent.double())
 
 
-def units(overall: Tensor, fmt: Format) -> Tensor:
-    """NVFP4's scale per tensor, as it is multiplied by: what brings the largest block scale to e4m3's largest value."""
-    return torch.where(overall > 0, E4M3.largest * fmt.largest / overall, 1.0).float()
+def units(overall: Tensor, fmt: Format, kind: str = "e4m3") -> Tensor:
+    """The scale per tensor, as it is multiplied by: what brings the largest block scale to its format's largest value
+    (NVFP4: 448)."""
+    return torch.where(overall > 0, TWO_LEVEL[kind][0].largest * fmt.largest / overall, 1.0).float()
 
 
-def ideal_in_units(ideal: Tensor, fmt: Format, overall: Tensor) -> Tensor:
-    """Block scales rounded to e4m3 multiples of the tensor's unit."""
+def ideal_in_units(ideal: Tensor, fmt: Format, overall: Tensor, kind: str = "e4m3") -> Tensor:
+    """Block scales rounded to multiples of the tensor's unit in the format of their kind."""
+    unit = units(overall, fmt, kind)
+    blocks = _rounded(ideal * unit.double(), *TWO_LEVEL[kind])
+    return (blocks.float() / unit).double()
+
+
+def _rounded(ideal: Tensor, fmt: Format, instead_of_zero: float) -> Tensor:
     from graphq.numerics.floating import round_to_grid_
 
-    assert isinstance(E4M3, Floating)
-    unit = units(overall, fmt)
-    blocks = round_to_grid_((ideal * unit.double()).float(), E4M3)
-    return (blocks.where(blocks > 0, ZERO_E4M3) / unit).double()
+    assert isinstance(fmt, Floating)
+    rounded = round_to_grid_(ideal.float(), fmt).double()
+    return rounded.where(rounded > 0, instead_of_zero)
 
 
 def _without_overflow(lo: Tensor, hi: Tensor, fmt: Format) -> Tensor:

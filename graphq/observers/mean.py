@@ -1,4 +1,4 @@
-"""Mean of every channel: what bias correction needs to know of a layer's input."""
+"""Mean of every channel, or of its squares: what bias correction and importance need to know of a layer's input."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from torch import Tensor, nn
 
 
 class ChannelMean(nn.Module):
-    """Running mean [channels] of the tensors that it is called with, summed in float64. axis: that of the channels."""
+    """Running mean [channels] of the tensors that it is called with, or of a power of them, summed in float64.
 
-    def __init__(self, axis: int) -> None:
+    axis: that of the channels.
+    """
+
+    def __init__(self, axis: int, power: int = 1) -> None:
         super().__init__()
-        self.axis = axis
+        self.axis, self.power = axis, power
         self.total: Tensor | None = None
         self.count = 0
 
     def forward(self, x: Tensor) -> None:
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        total = x.detach().sum(others, dtype=torch.float32).double()
+        x = x.detach() if self.power == 1 else x.detach().pow(self.power)
+        total = x.sum(others, dtype=torch.float32).double()
         self.total = total if self.total is None else self.total.add_(total)
         self.count += x.numel() // x.shape[self.axis]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
+from graphq.errors import CalibrationError
 from graphq.numerics.affine import MASK_VALUE, blocks_of, fake_quantize
 from graphq.observers.base import OBSERVERS
 from graphq.observers.minmax import MovingAverage, batch_range
@@ -52,4 +53,22 @@ class MseGrid(MovingAverage):
         s = self.spec
         scale, zero = s.choose(lo, hi)
         y = fake_quantize(x, scale, zero, self.block, s.number_format, narrow_range=s.narrow_range)
-        return blocks_of((y - x).abs_().pow_(self.norm), self.block).sum(-1)
+        return blocks_of(self._cost((y - x).abs_().pow_(self.norm)), self.block).sum(-1)
+
+    def _cost(self, error: Tensor) -> Tensor:
+        return error
+
+
+@OBSERVERS.register("imatrix_mse")
+class WeightedMseGrid(MseGrid):
+    """`mse_grid` with each error of a weight times the mean square of the input that it meets (E[x²])."""
+
+    importance: Tensor | None = None  # goes with the weight by broadcasting; given before the weight is seen
+
+    def _cost(self, error: Tensor) -> Tensor:
+        if self.importance is None:
+            raise CalibrationError(
+                "the observer imatrix_mse is for weights of conv and linear layers",
+                remedy="Choose another observer for activations.",
+            )
+        return error.mul_(self.importance)

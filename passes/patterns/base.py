@@ -14,6 +14,7 @@ class QuantPattern:
 
     family: the row of the target's kernel table. head: the op that does the work; the others are fused into it.
     activations: captures that carry activations (a list capture stands for all its members).
+    cached: those of them that a cache keeps.
     weight, bias: captures of the parameters. weight_axis: the axis of the weight's output channels.
     """
 
@@ -21,6 +22,7 @@ class QuantPattern:
     family: ClassVar[str]
     head: ClassVar[str]
     activations: ClassVar[tuple[str, ...]] = ("x",)
+    cached: ClassVar[tuple[str, ...]] = ()
     weight: ClassVar[str | None] = None
     bias: ClassVar[str | None] = None
     weight_axis: ClassVar[int] = 0

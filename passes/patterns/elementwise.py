@@ -73,6 +73,17 @@ class Mul(QuantPattern):
         return two_tensors(m)
 
 
+class Attention(QuantPattern):
+    """query, key, value ─ Q ─ scaled_dot_product_attention; key and value as a cache would keep them."""
+
+    family, head, activations = "attention", "attention", ("query", "key", "value")
+    cached = ("key", "value")
+
+    @staticmethod
+    def pattern(op, query, key, value):
+        return op.attention(query, key, value)
+
+
 class Concat(QuantPattern):
     """every input ─ Q ─ cat ─ Q."""
 
@@ -97,6 +108,6 @@ def unary(family_name: str) -> type[QuantPattern]:
 COMPUTING = [
     unary(f)
     for f in ("relu", "clip", "leaky_relu", "sigmoid", "silu", "gelu", "hardswish", "hardsigmoid", "softmax",
-              "avg_pool", "adaptive_avg_pool", "layer_norm", "rms_norm", "group_norm", "batch_norm", "attention")
+              "avg_pool", "adaptive_avg_pool", "layer_norm", "rms_norm", "group_norm", "batch_norm")
 ]  # fmt: skip
 MOVING = [unary(f) for f in ("max_pool", "reshape", "transpose", "slice", "split", "expand", "pad", "resize", "roll")]

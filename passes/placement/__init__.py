@@ -2,6 +2,7 @@
 
 from .annotate import annotate
 from .correct_bias import correct_bias, mean_products, mean_watchers
+from .importance import give_importance, importance_watchers
 from .insert_quantizers import insert_quantizers
 from .quantize_bias import fit_bias, quantize_bias
 from .saturation_guard import guard_saturation
@@ -12,7 +13,9 @@ __all__ = [
     "annotate",
     "correct_bias",
     "fit_bias",
+    "give_importance",
     "guard_saturation",
+    "importance_watchers",
     "insert_quantizers",
     "mean_products",
     "mean_watchers",

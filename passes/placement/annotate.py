@@ -161,6 +161,8 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
     """Why a group with a kernel and a scheme stays float, or ''."""
     if pattern.weight and scheme.weight is not None:
         _check_weight(scheme.weight, target, f"scheme of {match.root.where()}")
+    if target.activation_formats is None:  # no kernels: any part of a scheme alone can be simulated
+        return _refuse_simulated(pattern, scheme, match)
     if scheme.input is None:
         return "the scheme quantizes weights only" if pattern.weight else "the scheme leaves activations float"
     if pattern.weight and scheme.weight is None:
@@ -195,6 +197,15 @@ def _refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target:
     return ""
 
 
+def _refuse_simulated(pattern: type[QuantPattern], scheme: Scheme, match: Match) -> str:
+    asked = [s for s in (scheme.input, scheme.output, scheme.cache if pattern.cached else None) if s is not None]
+    for spec in asked:
+        _check_static_groups(spec, f"scheme of {match.root.where()}")
+    if asked:
+        return ""
+    return "the scheme quantizes weights only" if pattern.weight else "the scheme leaves activations float"
+
+
 def _check_weight(spec: QuantSpec, target: Target, where: str) -> None:
     if target.weight_formats is None:
         return
@@ -208,13 +219,17 @@ def _check_weight(spec: QuantSpec, target: Target, where: str) -> None:
         raise TargetError("the range of a weight is known", where=where, remedy="dynamic: false for weights.")
 
 
-def _check_activation(spec: QuantSpec, target: Target, where: str) -> None:
+def _check_static_groups(spec: QuantSpec, where: str) -> None:
     if spec.granularity in ("group", "block") and not spec.dynamic:
         raise TargetError(
             f"a static scale per {spec.granularity} needs activations of one size",
             where=where,
             remedy="dynamic: true (or 'local' for nvfp4) finds the scales of every call.",
         )
+
+
+def _check_activation(spec: QuantSpec, target: Target, where: str) -> None:
+    _check_static_groups(spec, where)
     if target.activation_formats is None:
         return
     if spec.dynamic:
@@ -298,8 +313,7 @@ def _write(group: Group, target: Target) -> None:
             "between": "it stands between integer ops",
             "carry": "it moves codes about without changing them",
         }[kernel.role]
-        assert scheme.input is not None
-        decision.inputs = dict.fromkeys(group.activations, scheme.input)
+        decision.inputs = _inputs(group)
         if kernel.role != "carry" and (kernel.output == "required" or scheme.output is not None):
             decision.output = scheme.output or scheme.input
         decision.bias_form = kernel.bias
@@ -311,6 +325,12 @@ def _write(group: Group, target: Target) -> None:
         _take_weight(decision, group, scheme)
     for node in group.members:
         node.meta[KEY] = decision if node is group.head else _fused(node, decision, group)
+
+
+def _inputs(group: Group) -> dict[fx.Node, QuantSpec]:
+    cached = {group.match.node(name) for name in group.pattern.cached}
+    specs = {a: (a in cached and group.scheme.cache) or group.scheme.input for a in group.activations}
+    return {a: spec for a, spec in specs.items() if spec is not None}
 
 
 def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:

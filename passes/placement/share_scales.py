@@ -11,13 +11,14 @@ from torch import Tensor, fx
 
 from graphq.graph.decision import decision_of
 from graphq.graph.view import LayerView, parameter
+from graphq.numerics.scales import TWO_LEVEL
 from graphq.quantizer import TensorQuantizer
 
 from .edges import quantizer_at, quantizer_calls
 
 
 def shared_magnitudes(gm: fx.GraphModule) -> dict[TensorQuantizer, Tensor]:
-    """quantizer → the largest magnitude among all weights of its group, for specs with scales of kind e4m3."""
+    """quantizer → the largest magnitude among all weights of its group, for specs with scales of two levels."""
     groups: dict[fx.Node, dict[TensorQuantizer, Tensor]] = {}
     for node in gm.graph.nodes:
         decision = decision_of(node)
@@ -26,7 +27,7 @@ def shared_magnitudes(gm: fx.GraphModule) -> dict[TensorQuantizer, Tensor]:
         _, call = quantizer_calls(decision)
         weight = parameter(gm, decision.weight)
         quantizer = quantizer_at(gm, call) if call is not None else None
-        if quantizer is None or weight is None or quantizer.spec.scale != "e4m3":
+        if quantizer is None or weight is None or quantizer.spec.scale not in TWO_LEVEL:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)

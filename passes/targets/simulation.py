@@ -1,4 +1,5 @@
-"""Target "simulation": no runtime. Every format and granularity is simulated on weights and inputs of layers.
+"""Target "simulation": no runtime. Every format and granularity is simulated on the weights, inputs and outputs of
+layers and products, and on what enters attention.
 
 For studies of accuracy, and for quantization-aware training before a runtime is chosen.
 """
@@ -12,7 +13,7 @@ from graphq.graph.fork import fork
 
 from .table import TARGETS, Kernel, Target
 
-FAMILIES = ("conv", "conv_transpose", "linear", "linear_activation", "matmul")
+FAMILIES = ("conv", "conv_transpose", "linear", "linear_activation", "matmul", "attention")
 
 
 def _no_runtime(gm: fx.GraphModule) -> fx.GraphModule:
@@ -24,7 +25,7 @@ def _no_runtime(gm: fx.GraphModule) -> fx.GraphModule:
 
 @TARGETS.register("simulation")
 def simulation_target() -> Target:
-    """Quantizers on the inputs and weights of layers and products, as the config says, of any format."""
+    """Quantizers wherever the config asks for them on layers, products and attention, of any format."""
     return Target(
         name="simulation",
         cpu="any",

@@ -6,7 +6,17 @@ from torch import nn
 
 import graphq
 from graphq.config import QuantConfig
-from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, MODELOPT_PARTS, QUARK
+from graphq.config.known import (
+    KNOWN_CONFIGS,
+    LLM_COMPRESSOR,
+    MODELOPT,
+    MODELOPT_ATTENTION,
+    MODELOPT_MAMBA,
+    MODELOPT_PARTS,
+    QUARK,
+    WITH_ALGORITHM,
+)
+from graphq.errors import ConfigError
 from graphq.graph.view import layers as graph_layers
 
 # format, granularity or group size, then what differs from: symmetric, static, float scale, range over the largest code
@@ -53,7 +63,12 @@ AMD = {
     "int4_fp8": ("fp8_e4m3 tensor then int4 channel full", "fp8_e4m3 tensor dynamic"),
     "mx6": ("mx6 16 e8m0 floor", "mx6 16 e8m0 floor dynamic"),
     "mx9": ("mx9 16 e8m0 floor", "mx9 16 e8m0 floor dynamic"),
-    "bfp16": ("int8 8 bfp", "int8 8 bfp dynamic"), "nvfp4": (NV, NVL), "fp4_block16_scale_e4m3": (NV, NVL),
+    "bfp16": ("int8 8 bfp", "int8 8 bfp dynamic"), "nvfp4": (NV, NVL),
+    "amdfp4": ("fp4_e2m1 16 e5m3", "fp4_e2m1 16 e5m3 dynamic"),
+    "amdfp4_g32": ("fp4_e2m1 32 e5m3", "fp4_e2m1 32 e5m3 dynamic"),
+    "amdfp4_global16": ("fp4_e2m1 16 e5m3_global", "fp4_e2m1 16 e5m3_global local"),
+    "amdfp4_global32": ("fp4_e2m1 32 e5m3_global", "fp4_e2m1 32 e5m3_global local"),
+    "fp4_block16_scale_e4m3": (NV, NVL),
 }  # fmt: skip
 
 
@@ -72,7 +87,7 @@ def fields(text):
         "block": block,
         "symmetric": "affine" not in flags,
         "dynamic": "local" if "local" in flags else "dynamic" in flags,
-        "scale": next((f for f in flags if f in ("e8m0", "e4m3", "bfp", "pof2")), "float"),
+        "scale": next((f for f in flags if f in ("e8m0", "e4m3", "bfp", "pof2", "e5m3", "e5m3_global")), "float"),
         "scale_mode": next((f for f in flags if f in ("floor", "cover")), "even"),
         "span": "full" if "full" in flags else "positive",
         "narrow_range": "narrow" in flags,
@@ -116,7 +131,8 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n in KNOWN_CONFIGS if n not in ("UNQUANTIZED", *MODELOPT_PARTS) and ":" not in n)
+    "name",
+    sorted(n for n in KNOWN_CONFIGS if n not in ("UNQUANTIZED", *MODELOPT_PARTS, *MODELOPT_ATTENTION) and ":" not in n),
 )
 def test_every_preset_quantizes_a_model(name):
     torch.manual_seed(0)
@@ -124,8 +140,91 @@ def test_every_preset_quantizes_a_model(name):
     converted = graphq.quantize(model, name, [x], target="simulation", progress=False)
     actions = {row.layer: row.action for row in graphq.explain(converted).rows if row.op == "linear"}
     assert actions["up"] in ("quantize", "weight_only")
-    assert actions["lm_head"] == ("float" if name not in LLM_COMPRESSOR else actions["up"])
+    assert actions["lm_head"] == (actions["up"] if name in (*LLM_COMPRESSOR, "NVFP4_FP8_MHA_CONFIG") else "float")
     assert not torch.equal(converted(x), model(x))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "cached"),
+    [("FP8_KV_CFG", None, F8), ("NVFP4_KV_CFG", None, NVL), ("NVFP4_FP8_MHA_CONFIG", F8, F8)],
+)
+def test_presets_of_attention_quantize_what_enters_it(name, query, cached):
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(2, 8, 64)
+    prepared = graphq.prepare(model, name, (x,), target="simulation")
+    (attention,) = prepared.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    for node, text in zip(attention.args[:3], (query, cached, cached), strict=True):
+        if text is None:
+            assert node.op == "call_function"
+        else:
+            assert prepared.get_submodule(node.target).spec.model_dump() == fields(text)
+    (linear,) = prepared.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert (linear.args[1].op == "call_module") == (name == "NVFP4_FP8_MHA_CONFIG")
+
+
+def test_a_simulated_cache_is_keys_and_values_in_fp8():
+    torch.manual_seed(0)
+    model, x = Attending().eval(), torch.randn(2, 8, 64)
+    simulated = graphq.quantize(model, "FP8_KV_CFG", [x], target="simulation", progress=False)
+    q, k, v = model.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+
+    def fp8(t):
+        scale = t.abs().max() / 448
+        return (t / scale).to(torch.float8_e4m3fn).float() * scale
+
+    wanted = nn.functional.scaled_dot_product_attention(q, fp8(k), fp8(v))
+    torch.testing.assert_close(simulated(x), wanted, rtol=0, atol=2e-6)
+    assert (wanted - model(x)).abs().max() > 1e-4
+
+
+def test_every_name_of_modelopt_resolves_or_says_what_it_stands_for():
+    for name, (preset, _) in WITH_ALGORITHM.items():
+        with pytest.raises(ConfigError, match=name) as error:
+            QuantConfig.load(name)
+        assert preset in error.value.remedy
+        QuantConfig.load(preset)
+
+
+@pytest.mark.parametrize(("name", "weight", "given"), [("FP8", F8, F8), ("NVFP4", NV, NVL)])
+@pytest.mark.parametrize(("how", "mixer"), [("AGGRESSIVE", True), ("CONSERVATIVE", False)])
+def test_mamba_configs_leave_attention_and_perhaps_the_mixer_float(name, weight, given, how, mixer):
+    assert len(MODELOPT_MAMBA) == 4
+    config = QuantConfig.load(f"MAMBA_MOE_{name}_{how}_CFG")
+    graph = graphq.capture(Mixed().eval(), (torch.randn(2, 64),))
+    schemes = {v.path: config.resolve(v).scheme for v in graph_layers(graph) if v.family == "linear"}
+    wanted = {"layer.mixer.up_proj", *(("layer.mixer.in_proj", "layer.mixer.out_proj") if mixer else ())}
+    assert {path for path, scheme in schemes.items() if scheme} == wanted
+    for scheme in filter(None, schemes.values()):
+        assert scheme.weight.model_dump() == fields(weight)
+        assert scheme.input.model_dump() == fields(given)
+
+
+class Mixed(nn.Module):
+    """The names that ModelOpt's configs for Mamba look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.o_proj, self.fc1_latent_proj, self.lm_head = (nn.Linear(64, 64) for _ in range(4))
+        mixer = nn.ModuleDict({n: nn.Linear(64, 64) for n in ("in_proj", "up_proj", "out_proj")})
+        self.layer = nn.ModuleDict({"mixer": mixer})
+
+    def forward(self, x):
+        x = self.fc1_latent_proj(self.o_proj(self.q_proj(x)))
+        for linear in self.layer["mixer"].values():
+            x = linear(x)
+        return self.lm_head(x)
 
 
 def test_a_name_that_is_ours_too_needs_its_prefix():

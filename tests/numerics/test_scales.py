@@ -105,6 +105,30 @@ def test_nvfp4_equals_the_two_level_definition():
     assert units(torch.tensor(2.0), FORMATS["fp4_e2m1"]).item() == 448 * 3
 
 
+def e5m3(value):
+    """The nearest of all values of an unsigned float of 5 exponent and 3 mantissa bits, ties to even codes."""
+    codes = [m / 8 * 2.0**-14 for m in range(8)]
+    codes += [(1 + m / 8) * 2.0**e for e in range(-14, 17) for m in range(8)][:-1]  # the last stands for NaN
+    below = max(i for i, c in enumerate(codes) if c <= value)
+    if below == len(codes) - 1:
+        return codes[-1]
+    low, high = codes[below], codes[below + 1]
+    return low if value - low < high - value or (value - low == high - value and below % 2 == 0) else high
+
+
+@pytest.mark.parametrize("kind", ["e5m3", "e5m3_global"])
+def test_scales_in_e5m3_equal_the_definition(kind):
+    x = sample(6400, 16).clamp(-1e6, 1e6)
+    x[5] = 0.0
+    x[6] = 1e-7
+    amax = x.abs().amax(1)
+    ours, _ = choose_qparams(-amax, amax, FORMATS["fp4_e2m1"], symmetric=True, scale=kind)
+    unit = float(np.float32(114688 * 6 / np.float64(amax.max()))) if kind == "e5m3_global" else 1.0
+    for largest, scale in zip(amax.double().tolist(), ours.tolist(), strict=True):
+        wanted = (e5m3(float(np.float32(largest / 6 * unit))) or 2.0**-17) / unit if largest else 1.0
+        assert scale == np.float32(wanted)
+
+
 @pytest.mark.parametrize(("name", "magnitude"), [("mx6", 4), ("mx9", 7)])
 def test_shared_microexponents_equal_the_definition_value_by_value(name, magnitude):
     x = sample(6400, 16)

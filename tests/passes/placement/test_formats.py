@@ -145,3 +145,19 @@ def test_int32_saturates_and_does_not_wrap():
         torch.tensor([1.0, -1.0, 2.0]), torch.tensor(1 / (2**31 - 1)), torch.tensor(0), (), FORMATS["int32"]
     )
     assert codes[0] > 2**31 - 200 and codes[1] < -(2**31) + 200 and codes[2] == codes[0]
+
+
+@pytest.mark.parametrize("part", ["input", "output"])
+def test_a_part_of_a_scheme_alone_is_simulated(part):
+    torch.manual_seed(0)
+    model, x = nn.Linear(16, 8).eval(), torch.randn(4, 16)
+    spec = QuantSpec(format="int4")
+    config = QuantConfig(name="part", rules=(Rule(select="linear", scheme=Scheme(**{part: spec})),))
+    simulated = graphq.quantize(model, config, [x], target="simulation", progress=False)
+
+    def int4(t):
+        scale = t.abs().max() / 7
+        return (t / scale).round().clamp(-8, 7) * scale
+
+    wanted = model(int4(x)) if part == "input" else int4(model(x))
+    torch.testing.assert_close(simulated(x), wanted, rtol=0, atol=1e-6)

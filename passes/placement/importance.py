@@ -1,0 +1,74 @@
+"""Importance of the columns of a weight: E[x²] of the input channels that they meet, from the calibration data.
+
+An error e in a weight adds e·x to the output, so that errors where inputs are large cost most (the importance matrix of
+llama.cpp; llm-compressor's `imatrix_mse`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graphq.errors import CalibrationError
+from graphq.graph.decision import decision_of
+from graphq.graph.view import LayerView, parameter
+from graphq.observers.mean import ChannelMean
+from graphq.observers.mse_grid import WeightedMseGrid
+
+from .edges import quantizer_at, quantizer_calls
+
+CHANNELS = {"conv": 1, "linear": -1}  # axis of the input channels of what these families read
+
+
+def importance_watchers(gm: fx.GraphModule) -> dict[fx.Node, ChannelMean]:
+    """A watcher for the input of every op whose weight's range is found with importance."""
+    return {source: ChannelMean(CHANNELS[view.family], power=2) for view, source, _, _ in _weighted(gm)}
+
+
+def give_importance(gm: fx.GraphModule, watchers: dict[fx.Node, ChannelMean]) -> None:
+    """Tell the observers of weights what was seen of the inputs."""
+    for view, source, weight, observer in _weighted(gm):
+        seen = watchers[source].mean
+        if seen is None:
+            raise CalibrationError(
+                "no calibration data reaches this layer, so that nothing is known of its inputs",
+                where=view.where(),
+                remedy="Give data that runs it, or choose the observer mse_grid.",
+            )
+        observer.importance = _on_weight(view, weight, seen.float())
+
+
+def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, WeightedMseGrid]]:
+    """(op, the tensor that it reads, its weight and the observer of that)."""
+    found = []
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        weight = parameter(gm, decision.weight) if decision is not None else None
+        if decision is None or weight is None:
+            continue
+        _, call = quantizer_calls(decision)
+        observer = quantizer_at(gm, call).observer if call is not None else None
+        if not isinstance(observer, WeightedMseGrid):
+            continue
+        view = LayerView(gm, node)
+        if view.family not in CHANNELS:
+            raise CalibrationError(
+                f"the observer imatrix_mse knows the inputs of conv and linear, not of {view.family}",
+                where=view.where(),
+                remedy="Choose the observer mse_grid for it.",
+            )
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source.op == "call_module" and parameter(gm, source) is None:
+            source = source.args[0]  # type: ignore[assignment]
+        found.append((view, source, weight, observer))
+    return found
+
+
+def _on_weight(view: LayerView, weight: Tensor, importance: Tensor) -> Tensor:
+    """[in] in a shape that goes with the weight: [1 or out, in / groups, 1, …]."""
+    groups = view.arg("groups") if view.family == "conv" else 1
+    rows = importance.reshape(groups, -1)
+    if groups > 1:
+        rows = torch.repeat_interleave(rows, weight.shape[0] // groups, dim=0)
+    return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphq.api import STAGE, Model, convert, prepare, stage_of
@@ -96,6 +96,7 @@ def load(folder: str | Path, model: Model, *, canonical: Pipeline | None = None)
     """
     folder = Path(folder)
     about, tensors = _read(folder)
+    tensors = {k: v.to(_device(model)) for k, v in tensors.items()}
     example = _example_from_json(about["example"], tensors)
     target = get_target(about["target"]["name"], **_options(about["target"]))
     config = QuantConfig(**about["config"])
@@ -124,6 +125,12 @@ def load(folder: str | Path, model: Model, *, canonical: Pipeline | None = None)
     _fill(gm, tensors, folder)
     gm.recompile()
     return gm
+
+
+def _device(model: Model) -> torch.device:
+    """Where the model's tensors are."""
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    return next((v.device for v in state.values() if isinstance(v, Tensor)), torch.device("cpu"))
 
 
 def _options(target: dict[str, str]) -> dict[str, str]:

@@ -172,11 +172,13 @@ class QuantConfig(ConfigModel):
         )
 
     @staticmethod
-    def from_config_groups(groups: Any, ignore: Sequence[str] = (), *, name: str = "config_groups") -> QuantConfig:
+    def from_config_groups(
+        groups: Any, ignore: Sequence[str] = (), *, kv_cache_scheme: Any = None, name: str = "config_groups"
+    ) -> QuantConfig:
         """llm-compressor's config_groups: see `graphq.config.imports.config_groups`."""
         from graphq.config.imports.config_groups import from_config_groups
 
-        return from_config_groups(groups, ignore, name=name)
+        return from_config_groups(groups, ignore, kv_cache_scheme=kv_cache_scheme, name=name)
 
     @staticmethod
     def from_modelopt(config: Any, *, name: str = "modelopt") -> QuantConfig:

@@ -61,7 +61,7 @@ class MseGrid(MovingAverage):
 
 @OBSERVERS.register("imatrix_mse")
 class WeightedMseGrid(MseGrid):
-    """`mse_grid` with each error of a weight times the mean square of the input that it meets (E[x²])."""
+    """`mse_grid` with each error of a weight times the mean square of the input that it meets (importance matrix)."""
 
     importance: Tensor | None = None  # goes with the weight by broadcasting; given before the weight is seen
 

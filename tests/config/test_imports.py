@@ -86,6 +86,13 @@ def test_config_groups_take_presets_and_full_arguments(views):
     assert config.resolve(views["mlp"]).scheme == LLM_COMPRESSOR["NVFP4"]
 
 
+def test_a_kv_cache_scheme_is_of_what_enters_attention():
+    args = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config = QuantConfig.from_config_groups({"FP8": ["Linear"]}, kv_cache_scheme=args)
+    rule = config.rules[-1]
+    assert (rule.select, rule.scheme.cache.format, rule.scheme.input) == ("attention", "fp8_e4m3", None)
+
+
 def test_regular_expressions_match_the_beginning_as_there(views):
     config = QuantConfig.from_config_groups({"W4A16": ["re:layers.0"]})
     assert formats(config, views)["layers.0.k_proj"] == "int4"

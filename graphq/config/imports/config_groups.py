@@ -34,9 +34,14 @@ ARGS = (
 
 
 def from_config_groups(
-    groups: Mapping[str, Any], ignore: Sequence[str] = (), *, name: str = "config_groups"
+    groups: Mapping[str, Any],
+    ignore: Sequence[str] = (),
+    *,
+    kv_cache_scheme: Any = None,
+    name: str = "config_groups",
 ) -> QuantConfig:
-    """groups: group name → {targets, weights, input_activations, output_activations}, or preset name → targets."""
+    """groups: group name → {targets, weights, input_activations, output_activations}, or preset name → targets.
+    kv_cache_scheme: QuantizationArgs of the keys and values that enter attention."""
     ranked: list[tuple[int, Rule]] = []
     for group, value in groups.items():
         targets, scheme = _group(group, value)
@@ -46,7 +51,8 @@ def from_config_groups(
     ordered = [r for _, r in sorted(ranked, key=lambda item: item[0])]
     why = "ignored by config_groups"
     ignored = [Rule(select=selector(s), scheme=None, optional=True, reason=why) for s in ignore]
-    return QuantConfig(name=name, rules=(*ordered, *ignored))
+    cache = [] if kv_cache_scheme is None else [Rule(select="attention", scheme=Scheme(cache=spec_of(kv_cache_scheme)))]
+    return QuantConfig(name=name, rules=(*ordered, *cache, *ignored))
 
 
 def _rank(target: str) -> int:

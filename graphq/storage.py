@@ -32,7 +32,7 @@ from graphq.passes.targets import Target, get_target
 from graphq.qat import FOLDED, TRAINED, make_trainable, own_tensors, qat
 from graphq.quantizer import TensorQuantizer, quantizers
 
-VERSION = 1
+VERSION = 2
 ABOUT, TENSORS = "graphq.json", "tensors.safetensors"
 EXAMPLE = "example."  # prefix of the example inputs among the tensors
 
@@ -60,7 +60,7 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
         "torch": torch.__version__,
         "stage": stage_of(graph),
         "config": json.loads(graph.meta["graphq_config"].model_dump_json()),
-        "target": {"name": target.name, "cpu": target.cpu},
+        "target": {"name": target.name, "options": dict(target.options)},
         "canonical": [p.name for p in graph.meta["graphq_canonical"].passes],
         "trained": graph.meta.get(TRAINED),
         "clip": all(q.clip for q in quantizers(graph).values()),
@@ -98,7 +98,7 @@ def load(folder: str | Path, model: Model, *, canonical: Pipeline | None = None)
     about, tensors = _read(folder)
     tensors = {k: v.to(_device(model)) for k, v in tensors.items()}
     example = _example_from_json(about["example"], tensors)
-    target = get_target(about["target"]["name"], **_options(about["target"]))
+    target = get_target(about["target"]["name"], **about["target"]["options"])
     config = QuantConfig(**about["config"])
     gm = prepare(
         model, config, example.args, example.kwargs, target=target, dynamic_shapes=example.dynamic_shapes,
@@ -131,10 +131,6 @@ def _device(model: Model) -> torch.device:
     """Where the model's tensors are."""
     state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
     return next((v.device for v in state.values() if isinstance(v, Tensor)), torch.device("cpu"))
-
-
-def _options(target: dict[str, str]) -> dict[str, str]:
-    return {"cpu": target["cpu"]} if target["name"] == "onnxruntime" else {}
 
 
 def _at_stage(gm: fx.GraphModule, about: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:

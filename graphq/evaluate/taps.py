@@ -60,7 +60,10 @@ class Taps:
     def __init__(self, path: str | Path, wanted: Iterable[str]) -> None:
         model = optimized_model(path)
         made = {name: node for node in model.graph.node for name in node.output}
-        self.names = [n for n in wanted if n in made]
+        # result of a product with packed weights → its float input: it is judged on the very values that it got
+        self.packed = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "MatMulNBits"}
+        around = dict.fromkeys(v for pair in self.packed.items() for v in pair)
+        self.names = [n for n in dict.fromkeys([*wanted, *around]) if n in made]
         self.kernels = {n: made[n].op_type for n in self.names}
         outputs = {o.name for o in model.graph.output}
         self.outputs = [o.name for o in model.graph.output]
@@ -71,7 +74,8 @@ class Taps:
             onnx.save(model, tapped, save_as_external_data=large)
             self.model = onnx.load(tapped) if large else model  # external data is taken out of what is saved
             self._session = session(tapped, optimize=False)
-        self.dtypes = {o.name: np.dtype(o.type[7:-1]) for o in self._session.get_outputs() if o.name in self.kernels}
+        types = {o.name: o.type[7:-1] for o in self._session.get_outputs() if o.name in self.kernels}
+        self.dtypes = {name: np.dtype(t) for name, t in types.items() if t != "float"}
 
     def run(self, feed: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """(inner tensors by name, outputs of the model)."""

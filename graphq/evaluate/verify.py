@@ -3,7 +3,8 @@
 The simulation is the converted graph lowered to the exact integer arithmetic of the target's kernels.
 
 Op by op: it is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
-sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it; the outputs that come of it
+sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it (products with packed weights
+are compared as floats, on the runtime's own inputs); the outputs that come of it
 judge the float ops behind the last codes. End to end: the simulation and a default session run freely, and their
 outputs are compared. Where float ops stand between the integer kernels, their last bits turn codes at rounding ties,
 and every turned code moves all that follows; so that figure is to be read beside the floor (how far the runtime is from
@@ -13,6 +14,7 @@ runtime, in which every difference is a kernel that is simulated wrongly.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of
 from graphq.graph.integer_ops import name_in_file
+from graphq.graph.nbits_ops import MATMUL_NBITS
 from graphq.graph.ops import QUANTIZE
 from graphq.numerics.affine import sqnr
 
@@ -50,10 +53,25 @@ class TensorCheck:
 
 
 @dataclass
+class ProductCheck:
+    """One product with packed weights, over all the data: the simulated kernel against the runtime's, on its inputs."""
+
+    name: str
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def sqnr(self) -> float:
+        """dB."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise else float("inf")
+
+
+@dataclass
 class Verification:
     """The result of `verify`. first_diverging: the first tensor, in order, that is off by more than 1 LSB."""
 
     tensors: list[TensorCheck] = field(default_factory=list)
+    products: list[ProductCheck] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)  # quantized in the graph, optimized away in the runtime
     output_sqnr: float = float("inf")  # dB, simulation against a default session, end to end
     kernels_sqnr: float = float("inf")  # dB, the same with the float ops between the kernels left to the runtime
@@ -76,12 +94,15 @@ class Verification:
     @property
     def agrees(self) -> bool:
         """Does the runtime compute what was simulated: kernels within 1 LSB, alone and in a row, and float ops?"""
-        return self.first_diverging is None and min(self.kernels_sqnr, self.floats_sqnr) >= AGREES
+        figures = (self.kernels_sqnr, self.floats_sqnr, *(p.sqnr for p in self.products))
+        return self.first_diverging is None and min(figures) >= AGREES
 
     def to_dict(self) -> dict[str, Any]:
         first = self.first_diverging
         return {
             "tensors": len(self.tensors),
+            "products": len(self.products),
+            "products_sqnr_db": min((p.sqnr for p in self.products), default=float("inf")),
             "unseen": self.unseen,
             "share_equal": self.share_equal,
             "largest_lsb": self.largest,
@@ -108,8 +129,9 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
             remedy="Export the graph again and verify that file.",
         )
     taps, default, plain = Taps(path, quantized), session(path), session(path, optimize=False)
-    checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names}
-    result = Verification(list(checks.values()), [n for n in quantized if n not in checks])
+    checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names if name in quantized}
+    products = {name: ProductCheck(name) for name in taps.packed}
+    result = Verification(list(checks.values()), list(products.values()), [n for n in quantized if n not in checks])
     kernels = SimulatedKernels(simulation, taps)
     inputs_of_file = [i.name for i in default.get_inputs()]
     runs: dict[str, list[list[Tensor]]] = {k: [] for k in ("runtime", "simulation", "kernels", "floats", "floor")}
@@ -121,7 +143,7 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
         codes, tapped_outputs = taps.run(feed)
         with torch.no_grad():
             inputs = flat_inputs(converted, args, kwargs)
-            runs["floats"].append(flat_outputs(_Forced(simulation, codes, checks).run(*inputs)))
+            runs["floats"].append(flat_outputs(_Forced(simulation, taps, codes, checks, products).run(*inputs)))
             runs["kernels"].append(kernels.outputs(feed, inputs))
             runs["simulation"].append(flat_outputs(simulation(*args, **kwargs)))
         outputs = default.run(None, feed)
@@ -147,16 +169,27 @@ def _worst(reference: list[list[Tensor]], other: list[list[Tensor]]) -> float:
 
 
 class _Forced(fx.Interpreter):
-    """Interprets the graph with the runtime's codes in place of the simulated ones, and counts where they differ."""
+    """Interprets the graph with the runtime's codes and products in place of the simulated ones, and counts where they
+    differ."""
 
-    def __init__(self, gm: fx.GraphModule, codes: dict[str, np.ndarray], checks: dict[str, TensorCheck]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        taps: Taps,
+        codes: dict[str, np.ndarray],
+        checks: dict[str, TensorCheck],
+        products: dict[str, ProductCheck],
+    ) -> None:
         super().__init__(gm)
-        self.codes, self.checks = codes, checks
+        self.packed, self.codes, self.checks, self.products = taps.packed, codes, checks, products
+        self.outputs_of = dict(zip(output_nodes(gm), taps.outputs, strict=False))
 
     def run_node(self, n: fx.Node) -> Any:
+        name = self.outputs_of.get(n) or name_in_file(n)
+        if n.target is MATMUL_NBITS and name in self.products:
+            return self._product(n, self.products[name])
         value = super().run_node(n)
-        name = name_in_file(n)
-        if name not in self.codes:
+        if name not in self.checks:
             return value
         given = torch.from_numpy(self.codes[name])
         apart = _distance(value, given, n)
@@ -166,6 +199,15 @@ class _Forced(fx.Interpreter):
         check.largest = max(check.largest, int(apart.max()) if apart.numel() else 0)
         return given if given.dtype == value.dtype else value
 
+    def _product(self, n: fx.Node, check: ProductCheck) -> Tensor:
+        (x, *rest), _ = self.fetch_args_kwargs_from_env(n)
+        source = self.packed[check.name]
+        x = torch.from_numpy(self.codes[source]) if source in self.codes else x
+        given = torch.from_numpy(self.codes[check.name])
+        check.signal += given.double().square().sum().item()
+        check.noise += (MATMUL_NBITS(x, *rest).double() - given.double()).square().sum().item()
+        return given
+
 
 def _distance(simulated: Tensor, given: Tensor, node: fx.Node) -> Tensor:
     if simulated.shape != given.shape:
@@ -174,6 +216,12 @@ def _distance(simulated: Tensor, given: Tensor, node: fx.Node) -> Tensor:
         )
     shift = 128 if (simulated.dtype, given.dtype) == (torch.int8, torch.uint8) else 0  # x86 turns s8 into u8
     return (simulated.int() + shift - given.int()).abs()
+
+
+def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that make the graph's outputs, in order."""
+    results = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    return [n for n in pytree.tree_leaves(results) if isinstance(n, fx.Node)]
 
 
 def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

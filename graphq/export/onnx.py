@@ -23,7 +23,7 @@ from onnxscript import opset18 as op
 from torch import fx
 
 from graphq.errors import ExportError
-from graphq.export import standard
+from graphq.export import contrib, standard
 from graphq.graph.capture import Example, example_of
 from graphq.graph.generated import generate
 from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
@@ -67,7 +67,11 @@ def export_onnx(
     Raises ExportError if the path cannot be written or the model does not pass onnx.checker.
     """
     path = _writable(Path(path))
-    model = to_onnx(lowered, example_of(lowered), {**TRANSLATIONS, **standard.TRANSLATIONS, **(translations or {})})
+    model = to_onnx(
+        lowered,
+        example_of(lowered),
+        {**TRANSLATIONS, **standard.TRANSLATIONS, **contrib.TRANSLATIONS, **(translations or {})},
+    )
     if standard.DOMAIN in model.opset_imports:
         standard.write_standard(model, OPSET)
     model.metadata_props.update(metadata)

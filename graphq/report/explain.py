@@ -44,7 +44,7 @@ class Row:
         """Is the kernel that was found the one that was predicted?"""
         if not self.found:
             return True
-        if self.action in ("quantize", "fuse"):
+        if self.action in ("quantize", "fuse") or (self.action == "weight_only" and self.predicted != "float"):
             return self.found == self.predicted
         if self.action == "carry":
             return self.found in SAME_MOVE.get(self.predicted, {self.predicted})

@@ -64,9 +64,17 @@ def verification_line(v: Verification) -> str:
     head = "verified" if v.agrees else "DIVERGES"
     if first is not None:
         head += f" first at {first.name} ({first.kernel}, {first.largest} LSB)"
+    parts = []
+    if v.tensors or not v.products:
+        parts.append(
+            f"{v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at most "
+            f"{v.largest} LSB"
+        )
+    if v.products:
+        worst = min(p.sqnr for p in v.products)
+        parts.append(f"{len(v.products)} products with packed weights equal to {db(worst)}")
     return (
-        f"{head}: {v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at "
-        f"most {v.largest} LSB; float ops on the runtime's codes {db(v.floats_sqnr)}; end to end: kernels alone "
+        f"{head}: {'; '.join(parts)}; float ops on the runtime's codes {db(v.floats_sqnr)}; end to end: kernels alone "
         f"{db(v.kernels_sqnr)}, with float ops in torch {db(v.output_sqnr)} (the runtime against itself without its "
         f"optimizer {db(v.floor_sqnr)})"
     )

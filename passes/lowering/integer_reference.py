@@ -5,6 +5,7 @@
     dequantize ── matmul                                ⇒   qmatmul
     dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
     dequantize ── global average pool ── quantize       ⇒   qaverage_pool
+    linear, embedding with packed weights               ⇒   matmul_nbits, gather_nbits (see `weight_only`)
 
 Everything else stays as it is. `verify` runs this graph against the runtime.
 """
@@ -24,11 +25,13 @@ from graphq.graph.passes import finish
 from graphq.graph.view import LayerView
 
 from .onnx_qdq import product_name
+from .weight_only import lower_weight_only
 
 
-def lower_to_integer_reference(converted: fx.GraphModule) -> fx.GraphModule:
+def lower_to_integer_reference(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
     """A new graph; quantized tensors keep the names of their quantize nodes."""
     gm = fork(converted)
+    lower_weight_only(gm, accuracy_level)
     for node in list(gm.graph.nodes):
         decision = decision_of(node)
         if decision is None or decision.action != "quantize":

@@ -4,7 +4,7 @@
     adaptive_avg_pool(x, 1)                    ⇒   global_average_pool(x)
     quantize, dequantize (block, format)       ⇒   quantize_linear, dequantize_linear (axis, dtype)
 
-A linear with float inputs and integer weights keeps its form.
+Weights beside float inputs: see `weight_only`; those that no packed kernel takes keep their form.
 
 Every op keeps its name in `meta["custom"]`, so that the exported file can be compared with the graph op by op.
 """
@@ -24,15 +24,18 @@ from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter, value_of
 
+from .weight_only import lower_weight_only
+
 aten = torch.ops.aten
 NAME = "graphq"  # key in meta["custom"]; torch.export carries it through
 
 
-def lower_to_onnx_qdq(converted: fx.GraphModule) -> fx.GraphModule:
-    """A new graph in ONNX's form that computes the same."""
+def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
+    """A new graph in ONNX's form that computes the same. accuracy_level: of products with packed weights."""
     gm = fork(converted)
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: node.name}
+    lower_weight_only(gm, accuracy_level)
     for node in list(gm.graph.nodes):
         family, args = family_of(node.target), _args(node)
         if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:

@@ -319,9 +319,7 @@ def _write(group: Group, target: Target) -> None:
         decision.bias_form = kernel.bias
         _take_weight(decision, group, scheme)
     elif group.pattern.weight and scheme.weight is not None and scheme.input is None and group.resolution.scheme:
-        note = target.weight_only_notes.get(family_of(group.head.target), "")
-        decision.action = "weight_only"
-        decision.reason = "; ".join(filter(None, ["the scheme quantizes weights only", note]))
+        _take_packed(decision, group, scheme.weight, target)
         _take_weight(decision, group, scheme)
     for node in group.members:
         node.meta[KEY] = decision if node is group.head else _fused(node, decision, group)
@@ -331,6 +329,22 @@ def _inputs(group: Group) -> dict[fx.Node, QuantSpec]:
     cached = {group.match.node(name) for name in group.pattern.cached}
     specs = {a: (a in cached and group.scheme.cache) or group.scheme.input for a in group.activations}
     return {a: spec for a, spec in specs.items() if spec is not None}
+
+
+def _take_packed(decision: Decision, group: Group, spec: QuantSpec, target: Target) -> None:
+    """A weight beside float inputs: read packed by a kernel, or dequantized in the model."""
+    family = family_of(group.head.target)
+    decision.kernel, refusal = target.packed_kernel_for(family, group.match, spec)
+    if not decision.kernel and target.weight_only and spec.granularity not in ("tensor", "channel"):
+        raise TargetError(
+            f"{target.name} has no form for the weight of this {family}: {refusal or 'no kernel reads it packed'}",
+            where=group.match.root.where(),
+            remedy="Use granularity 'channel', or let the rule select other layers.",
+        )
+    note = "" if decision.kernel else target.weight_only_notes.get(family, "")
+    note = "the kernel reads it packed" if decision.kernel else note
+    decision.action = "weight_only"
+    decision.reason = "; ".join(filter(None, ["the scheme quantizes weights only", refusal, note]))
 
 
 def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
+from functools import cache, partial
+from typing import Literal
 
 import numpy as np
 
+from graphq.config.spec import QuantSpec
 from graphq.errors import TargetError, did_you_mean
 from graphq.graph.match import Match
 
 from ..lowering.integer_reference import lower_to_integer_reference
 from ..lowering.onnx_qdq import lower_to_onnx_qdq
-from .table import TARGETS, Kernel, Target
+from ..lowering.weight_only import BLOCKS, block_size, packed_bits
+from .table import TARGETS, Kernel, PackedKernel, Target
 
 
 def _rank(m: Match) -> int:
@@ -51,6 +54,29 @@ def nearest(m: Match) -> str | None:
 
 def last_axis_softmax(m: Match) -> str | None:
     return None if m.root.arg("dim") in (-1, _rank(m) - 1) else "only softmax over the last axis has a kernel"
+
+
+def packable(m: Match, spec: QuantSpec) -> str | None:
+    """Codes of 2, 4 or 8 bits in blocks along the rows of a known matrix."""
+    weight = m.tensor("weight")
+    if weight is None or weight.ndim != 2:
+        return "the weight is not a matrix that is known"
+    if packed_bits(spec.number_format) is None or spec.then is not None:
+        return f"{spec} is not packed"
+    if spec.granularity == "block" or spec.axis not in (None, -1, 1 if spec.granularity == "group" else 0):
+        return "blocks of packed weights run along the rows"
+    if spec.granularity == "group" and spec.group_size not in BLOCKS:
+        return f"blocks of packed weights have {', '.join(map(str, sorted(BLOCKS)))} values, not {spec.group_size}"
+    return None
+
+
+def whole_blocks(m: Match, spec: QuantSpec) -> str | None:
+    refusal = packable(m, spec)
+    if refusal is not None:
+        return refusal
+    row = m.tensor("weight").shape[1]
+    size = block_size(spec, row)
+    return None if row % size == 0 else f"a row of {row} values is not made of blocks of {size}"
 
 
 KERNELS = {
@@ -99,9 +125,12 @@ FLOAT_REASONS = {
     "split": "Split runs on integers only with equal scales on all parts",
 }
 
+WEIGHT_ONLY = {
+    "linear": [PackedKernel("MatMulNBits", packable)],
+    "embedding": [PackedKernel("GatherBlockQuantized", whole_blocks)],
+}
+
 WEIGHT_ONLY_NOTES = {
-    "linear": "on inputs of rank 3 it runs as MatMulNBits, which rounds activations to 8 bits unless the session sets "
-    "session.qdq_matmulnbits_accuracy_level to 0",
     "conv": "the weights are dequantized at every run: smaller, not faster",
     "conv_transpose": "the weights are dequantized at every run: smaller, not faster",
     "embedding": "the whole table is dequantized at every run: smaller, not faster",
@@ -128,8 +157,16 @@ CPUS = ("auto", "avx2", "vnni", "arm")
 
 
 @TARGETS.register("onnxruntime")
-def onnxruntime_target(cpu: str = "auto") -> Target:
-    """The target for a kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one."""
+def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> Target:
+    """The target for a kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one.
+
+    accuracy_level: of products with packed weights: 4 rounds their inputs to int8 in blocks (fast), 0 keeps them float.
+    """
+    if accuracy_level not in (0, 4):
+        raise TargetError(
+            f"unknown accuracy_level {accuracy_level!r} of target 'onnxruntime'",
+            remedy="0: inputs stay float; 4: they are rounded to int8 in blocks.",
+        )
     if cpu not in CPUS:
         raise TargetError(f"unknown cpu {cpu!r} of target 'onnxruntime'", remedy=did_you_mean(cpu, CPUS))
     if cpu == "auto":
@@ -143,8 +180,10 @@ def onnxruntime_target(cpu: str = "auto") -> Target:
         weight_only_notes=WEIGHT_ONLY_NOTES,
         # x86 turns int8 activations into uint8 ones, under other names and with fewer fusions
         activation_formats=frozenset({"uint8", "int8"} if cpu == "arm" else {"uint8"}),
-        weight_formats=frozenset({"int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint8"}),
+        weight_formats=frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
         saturates=cpu == "avx2",
-        lowering=lower_to_onnx_qdq,
-        reference=lower_to_integer_reference,
+        lowering=partial(lower_to_onnx_qdq, accuracy_level=accuracy_level),
+        reference=partial(lower_to_integer_reference, accuracy_level=accuracy_level),
+        weight_only=WEIGHT_ONLY,
+        options={"cpu": cpu, "accuracy_level": accuracy_level},
     )

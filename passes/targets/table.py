@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import fx
 
+from graphq.config.spec import QuantSpec
 from graphq.errors import TargetError, did_you_mean
 from graphq.graph.match import Match
 from graphq.registry import Registry
@@ -44,17 +45,30 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class PackedKernel:
+    """One row: a kernel that reads a packed weight beside float inputs.
+
+    when: why this row does not fit a match with this spec of the weight, or None.
+    """
+
+    name: str
+    when: Callable[[Match, QuantSpec], str | None] = lambda m, spec: None
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime: its kernel table, the dtypes it takes, and the passes that lower a converted graph to its form.
 
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
+    weight_only: family → rows, the first that fits counts; where none does, the weight is dequantized in the model.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
         writes it, for ops that torch.onnx does not know.
     activation_formats, weight_formats: what its kernels take; None: every format there is, with every granularity.
     weight_granularities: of weights beside quantized inputs.
+    options: what it was made with, `get_target(name, **options)` makes it again.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -69,6 +83,8 @@ class Target:
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
     reference: Callable[[fx.GraphModule], fx.GraphModule]
     weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
+    weight_only: Mapping[str, Sequence[PackedKernel]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
 
@@ -81,6 +97,16 @@ class Target:
                 return row, ""
             reason = refusal
         return None, reason
+
+    def packed_kernel_for(self, family: str, match: Match, spec: QuantSpec) -> tuple[str, str]:
+        """(the first kernel that reads this weight packed, ""), or ("", why none does)."""
+        reasons = []
+        for row in self.weight_only.get(family, ()):
+            refusal = row.when(match, spec)
+            if refusal is None:
+                return row.name, ""
+            reasons.append(refusal)
+        return "", "; ".join(reasons)
 
 
 TARGETS: Registry[Callable[..., Target]] = Registry("target", "graphq.targets")

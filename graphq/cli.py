@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from graphq import api, cli_authoring
+from graphq import api, cli_authoring, cli_lint
 from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
@@ -235,6 +235,7 @@ app.command("match")(cli_authoring.match)
 app.command("trace")(cli_authoring.trace)
 app.command("passes")(cli_authoring.passes)
 app.command("new-pass")(cli_authoring.new_pass)
+app.command("lint")(cli_lint.lint_command)
 
 
 def main() -> None:

@@ -52,9 +52,14 @@ def measure(
 def random_feed(path: str | Path, *, batch: int = 1, sequence: int = 128, seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs for a model: normal floats, small token ids, masks of ones. Dynamic dimensions: batch, then sequence."""
     load_model(path)
+    return random_feed_of(session(path), batch=batch, sequence=sequence, seed=seed)
+
+
+def random_feed_of(run: Any, *, batch: int = 1, sequence: int = 128, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs for a session: see `random_feed`."""
     rng = np.random.default_rng(seed)
     feed: dict[str, np.ndarray] = {}
-    for i in session(path).get_inputs():
+    for i in run.get_inputs():
         if i.type not in ONNX_TO_NUMPY:
             raise RuntimeMismatch(f"no random input for type {i.type}", where=i.name, remedy="Give real data.")
         shape = [d if isinstance(d, int) else (batch if n == 0 else sequence) for n, d in enumerate(i.shape)]

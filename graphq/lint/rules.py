@@ -1,0 +1,342 @@
+"""The rules. Each is a function of the graph that yields findings; its docstring is its line in the documentation.
+
+What ONNX Runtime fuses was measured with version 1.32 on x86 (docs/target-onnxruntime.md); TensorRT's rules are those
+of its documentation on explicit quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from graphq.errors import TargetError, did_you_mean
+from graphq.lint.graph import Dequantized, Graph, attribute
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "GatherElements", "Expand",
+         "Tile", "MaxPool", "ReduceMax", "ReduceMin", "Resize", "DepthToSpace", "Split"}  # fmt: skip
+INTEGER = {*WEIGHTED, *MOVES, "Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax",
+           "Concat", "Where", "ArgMax", "Relu", "Clip"}  # fmt: skip
+SAFE_PAIR = 128  # |w₀| + |w₁| of one sign that 255 · w cannot drive out of int16
+TOLERANCE = 1e-3  # of a bias' scale
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. node: where; consequence: what the runtime makes of it; remedy: what to do; fixable: by `fix`."""
+
+    rule: str
+    node: str
+    consequence: str
+    remedy: str
+    fixable: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Rule = Callable[[Graph], Iterator[Finding]]
+RULES: dict[str, dict[str, Rule]] = {"onnxruntime": {}, "tensorrt": {}}
+
+
+def rule(*targets: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            RULES[target][function.__name__] = function
+        return function
+
+    return register
+
+
+def lint(model: onnx.ModelProto, target: str = "onnxruntime", *, saturates: bool = False) -> list[Finding]:
+    """Everything that the rules of a target find, in the order of the rules. saturates: for x86 CPUs without VNNI."""
+    if target not in RULES:
+        raise TargetError(f"there are no lint rules for {target!r}", remedy=did_you_mean(target, RULES))
+    graph = Graph(model)
+    names = [n for n in RULES[target] if saturates or n != "saturation"]
+    return [finding for name in names for finding in RULES[target][name](graph)]
+
+
+def _weighted(g: Graph) -> Iterator[tuple[onnx.NodeProto, Dequantized | None, Dequantized | None]]:
+    """(op, its activation, its constant weight as dequantized)."""
+    for node in g.nodes:
+        if node.op_type in WEIGHTED:
+            weight = g.dequantized(node.input[1])
+            known = weight is not None and g.array(weight.codes) is not None
+            yield node, g.dequantized(node.input[0]), weight if known else None
+
+
+def output_axis(node: onnx.NodeProto, rank: int) -> int:
+    """The axis of a weight's output channels."""
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0)):
+        return 0
+    return rank - 1
+
+
+@rule("onnxruntime", "tensorrt")
+def weight_axis(g: Graph) -> Iterator[Finding]:
+    """Scales of a weight that do not run along its output channels: fused all the same, with the scales on the wrong
+    axis."""
+    for node, _, weight in _weighted(g):
+        if weight is None or not weight.per_axis:
+            continue
+        codes = g.array(weight.codes)
+        assert codes is not None
+        axis, wanted = weight.axis % codes.ndim, output_axis(node, codes.ndim)
+        if axis != wanted:
+            yield Finding(
+                "weight_axis", g.label(node),
+                f"its weight has a scale for each index of axis {axis}, its output channels are axis {wanted}: where "
+                "the sizes are equal ONNX Runtime fuses it and scales the wrong axis, without a word",
+                f"Quantize the weight along axis {wanted}; `--fix` makes it a float weight.", fixable=True,
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def bias_scale(g: Graph) -> Iterator[Finding]:
+    """An int32 bias whose scale is not input times weight: a Gemm is fused as if it were, a Conv stays float."""
+    for node, x, weight in _weighted(g):
+        bias = g.dequantized(node.input[2]) if len(node.input) > 2 else None
+        if bias is None or x is None or weight is None or node.op_type == "MatMul":
+            continue
+        if any(s is None for s in (bias.scale, x.scale, weight.scale)):
+            continue
+        wanted = x.scale.reshape(-1) * weight.scale.reshape(-1)  # type: ignore[union-attr]
+        if not np.allclose(bias.scale.reshape(-1), wanted, rtol=TOLERANCE, atol=0):  # type: ignore[union-attr]
+            effect = "ignores the scale of the bias" if node.op_type == "Gemm" else "leaves the convolution float"
+            yield Finding(
+                "bias_scale", g.label(node),
+                f"its bias has another scale than input · weight: ONNX Runtime {effect}",
+                "Quantize the bias with input scale · weight scale, or leave it float, as `--fix` does.", fixable=True,
+            )  # fmt: skip
+
+
+@rule("onnxruntime", "tensorrt")
+def double_qdq(g: Graph) -> Iterator[Finding]:
+    """A tensor that is quantized, dequantized and quantized again with the same numbers."""
+    for node, source in second_quantizations(g):
+        yield Finding(
+            "double_qdq", g.label(node),
+            f"it quantizes again, with the same numbers, what {g.label(source)} dequantized: two ops for nothing",
+            "Remove the second pair, as `--fix` does.", fixable=True,
+        )  # fmt: skip
+
+
+def second_quantizations(g: Graph) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    """(QuantizeLinear, the DequantizeLinear that it reads) with equal scale, zero point and type."""
+    for node in g.nodes:
+        source = g.made.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is not None and source.op_type == "DequantizeLinear" and _same(g, node, source):
+            yield node, source
+
+
+def _same(g: Graph, a: onnx.NodeProto, b: onnx.NodeProto) -> bool:
+    p, q = g.quantization(a), g.quantization(b)
+    if p.scale is None or q.scale is None or p.zero is None or q.zero is None or (p.axis, p.block) != (q.axis, q.block):
+        return False
+    return bool(np.array_equal(p.scale, q.scale) and p.zero.dtype == q.zero.dtype and np.array_equal(p.zero, q.zero))
+
+
+@rule("onnxruntime", "tensorrt")
+def channel_activation(g: Graph) -> Iterator[Finding]:
+    """Activations with a scale per channel: no kernel takes them."""
+    for node in g.nodes:
+        if node.op_type == "QuantizeLinear" and g.array(node.input[0]) is None and g.quantization(node).per_axis:
+            yield Finding(
+                "channel_activation", g.label(node),
+                "an activation has a scale per channel: no integer kernel takes it, some fail at run time",
+                "Quantize activations with one scale.",
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def zero_point(g: Graph) -> Iterator[Finding]:
+    """A missing zero point: it means zero, but ops that only move data are then not done on integers."""
+    for node in g.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not g.has_zero(node):
+            if attribute(node, "output_dtype", 0):
+                continue
+            yield Finding(
+                "zero_point", g.label(node),
+                "it has no zero point: ONNX Runtime does not drop such pairs around Transpose, Reshape and their like",
+                "Give it a zero point of 0, as `--fix` does.", fixable=True,
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def several_quantizations(g: Graph) -> Iterator[Finding]:
+    """A result that is quantized and also read as float, or quantized twice: the op that makes it is not fused."""
+    for name, readers in g.readers.items():
+        maker = g.made.get(name)
+        quantizers = [r for r in readers if r.op_type == "QuantizeLinear"]
+        if maker is None or not quantizers or maker.op_type not in INTEGER or not _on_integers(g, maker):
+            continue
+        if len(readers) == 1 and name not in g.outputs:
+            continue
+        equal = len(quantizers) == len(readers) and name not in g.outputs
+        equal = equal and all(_same(g, quantizers[0], q) for q in quantizers)
+        yield Finding(
+            "several_quantizations", g.label(maker),
+            f"its result {name} is quantized and read by {len(readers) - 1 + (name in g.outputs)} others beside: ONNX "
+            "Runtime fuses an op only with the one QuantizeLinear that reads it",
+            "Let all read the dequantized value of one QuantizeLinear" + (", as `--fix` does." if equal else "."),
+            fixable=equal,
+        )  # fmt: skip
+
+
+def _on_integers(g: Graph, node: onnx.NodeProto) -> bool:
+    """Does an op, or the op behind its activation function, read dequantized values?"""
+    if node.op_type in ("Relu", "Clip"):
+        before = g.made.get(node.input[0])
+        return before is not None and _on_integers(g, before)
+    return g.dequantized(node.input[0]) is not None
+
+
+@rule("onnxruntime")
+def no_kernel(g: Graph) -> Iterator[Finding]:
+    """An op between DequantizeLinear and QuantizeLinear that has no integer kernel: two roundings for nothing."""
+    for node in g.nodes:
+        if node.op_type in INTEGER or node.op_type in ("QuantizeLinear", "DequantizeLinear") or not node.output:
+            continue
+        reads = [n for n in node.input if n and g.array(n) is None]
+        if not reads or not all(g.dequantized(n) is not None for n in reads):
+            continue
+        quantized = g.sole_reader(node.output[0])
+        if quantized is not None and quantized.op_type == "QuantizeLinear":
+            yield Finding(
+                "no_kernel", g.label(node),
+                f"ONNX Runtime's CPU has no integer {node.op_type}: its inputs and its result are rounded, and it "
+                "computes in float",
+                "Do not quantize around this op.",
+            )  # fmt: skip
+
+
+@rule("onnxruntime", "tensorrt")
+def float_weight(g: Graph) -> Iterator[Finding]:
+    """A quantized input beside a float weight: the op computes in float, or the runtime chooses the codes."""
+    for node in g.nodes:
+        if node.op_type in WEIGHTED and g.dequantized(node.input[0]) is not None and g.array(node.input[1]) is not None:
+            yield Finding(
+                "float_weight", g.label(node),
+                "its input is quantized and its weight is a float constant (folded by an optimizer?): it computes in "
+                "float; where the result is quantized, ONNX Runtime quantizes the weight itself, with one scale",
+                "Quantize the weight too, or leave the input float.",
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def float_result(g: Graph) -> Iterator[Finding]:
+    """A convolution of integers whose result is not quantized: it computes in float."""
+    for node, x, weight in _weighted(g):
+        if node.op_type != "Conv" or x is None or weight is None:
+            continue
+        last = node
+        reader = g.sole_reader(node.output[0])
+        if reader is not None and reader.op_type in ("Relu", "Clip"):
+            last = reader
+        if not any(r.op_type == "QuantizeLinear" for r in g.readers.get(last.output[0], [])):
+            yield Finding(
+                "float_result", g.label(node),
+                "its result is not quantized: ONNX Runtime has no integer convolution with a float result",
+                "Quantize the result, or leave this convolution float.",
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def relu_zero_point(g: Graph) -> Iterator[Finding]:
+    """A Relu before a QuantizeLinear whose codes go below zero: it is not folded into the op before it."""
+    for node in g.nodes:
+        if node.op_type != "Relu":
+            continue
+        before, after = g.made.get(node.input[0]), g.sole_reader(node.output[0])
+        alone = g.dequantized(node.input[0]) is not None
+        if before is None or not (alone or (before.op_type in WEIGHTED and g.dequantized(before.input[0]) is not None)):
+            continue
+        if after is None or after.op_type != "QuantizeLinear":
+            continue
+        zero = g.quantization(after).zero
+        if zero is None or np.issubdtype(zero.dtype, np.floating) or not np.issubdtype(zero.dtype, np.integer):
+            continue
+        lowest = np.iinfo(zero.dtype).min
+        if (zero != lowest).any():
+            effect = "it computes in float" if alone else f"the {before.op_type} before it computes in float with it"
+            yield Finding(
+                "relu_zero_point", g.label(node),
+                f"its result is quantized with zero point {zero.reshape(-1)[0]}, needs {lowest}: it is not folded, and "
+                f"{effect}",
+                f"Quantize the result of the Relu asymmetrically (zero point {lowest}).",
+            )  # fmt: skip
+
+
+@rule("onnxruntime")
+def saturation(g: Graph) -> Iterator[Finding]:
+    """Signed weights whose neighbours add up beyond int16 with uint8 inputs, on x86 CPUs without VNNI."""
+    for node, x, weight in _weighted(g):
+        if x is None or weight is None or _depthwise(node, g.array(weight.codes)):
+            continue
+        codes = g.array(weight.codes)
+        if codes is None or codes.dtype != np.int8:
+            continue
+        share = unsafe_pairs(rows_of(node, codes))
+        if share:
+            yield Finding(
+                "saturation", g.label(node),
+                f"{share:.1%} of its pairs of weights can drive the int16 sums of AVX2 kernels over their end",
+                "Quantize with graphq for cpu 'avx2', with reduce_range, or run with session.x64quantprecision = 1.",
+            )  # fmt: skip
+
+
+def _depthwise(node: onnx.NodeProto, codes: np.ndarray | None) -> bool:
+    return node.op_type == "Conv" and codes is not None and codes.shape[1] == 1
+
+
+def rows_of(node: onnx.NodeProto, codes: np.ndarray) -> np.ndarray:
+    """[out, K] in the order in which kernels add up: of a convolution kernel positions, then input channels."""
+    if node.op_type == "Conv":
+        return np.moveaxis(codes, 1, -1).reshape(len(codes), -1)
+    matrix = codes if output_axis(node, codes.ndim) == 0 else np.swapaxes(codes, -1, -2)
+    return matrix.reshape(-1, matrix.shape[-1])
+
+
+def unsafe_pairs(rows: np.ndarray) -> float:
+    """Share of the pairs (K positions 2k, 2k + 1) of int8 codes [out, K] that can saturate."""
+    rows = np.pad(rows.astype(np.int32), ((0, 0), (0, rows.shape[1] % 2)))
+    pairs = rows.reshape(len(rows), -1, 2)
+    up, down = np.maximum(pairs, 0).sum(-1), np.maximum(-pairs, 0).sum(-1)
+    return float(((up > SAFE_PAIR) | (down > SAFE_PAIR)).mean())
+
+
+@rule("tensorrt")
+def symmetric(g: Graph) -> Iterator[Finding]:
+    """A zero point that is not zero, or unsigned codes: TensorRT refuses the model."""
+    for node in g.nodes:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        zero = g.quantization(node).zero
+        codes = g.array(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        kind = zero.dtype if zero is not None else codes.dtype if codes is not None else None
+        if kind == np.int32:
+            continue  # a bias: `quantized_bias`
+        if (zero is not None and np.any(zero.astype(np.float32) != 0)) or kind == np.uint8:
+            yield Finding(
+                "symmetric", g.label(node),
+                "TensorRT takes signed codes with zero point 0 only",
+                "Quantize symmetrically to int8 (target 'tensorrt').",
+            )  # fmt: skip
+
+
+@rule("tensorrt")
+def quantized_bias(g: Graph) -> Iterator[Finding]:
+    """A bias that is dequantized from int32: TensorRT wants it float."""
+    for node in g.nodes:
+        bias = g.dequantized(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
+        if bias is not None:
+            yield Finding(
+                "quantized_bias", g.label(node),
+                "its bias is quantized: TensorRT has no int32 DequantizeLinear",
+                "Leave the bias float, as `--fix` does.", fixable=True,
+            )  # fmt: skip

@@ -1,0 +1,281 @@
+"""lint finds faults that were planted with other tools' APIs, nothing in clean models, and repairs what it can."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import nn
+from typer.testing import CliRunner
+
+import graphq
+from graphq.cli import app
+from graphq.evaluate.taps import optimized_model, session
+from graphq.lint import RULES, fix, lint
+
+RNG = np.random.default_rng(0)
+
+
+class Build:
+    """A QDQ model, node by node."""
+
+    def __init__(self, shape):
+        self.shape, self.nodes, self.constants, self.last = shape, [], [], "x"
+
+    def constant(self, name, value, dtype):
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def node(self, kind, inputs, output, **attributes):
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=f"n_{output}", **attributes))
+        self.last = output
+        return output
+
+    def qdq(self, x, name, scale=0.02, zero=128, dtype=np.uint8, *, with_zero=True, **attributes):
+        tail = [self.constant(f"{name}_s", scale, np.float32)]
+        if with_zero:
+            zeros = np.full(np.shape(scale), zero)
+            tail.append(self.constant(f"{name}_z", zeros, dtype))
+        codes = self.node("QuantizeLinear", [x, *tail], f"{name}_q", **attributes)
+        return self.node("DequantizeLinear", [codes, *tail], name, **attributes)
+
+    def weight(self, name, shape, axis=None, dtype=np.int8, scale=0.01, largest=60):
+        low = 0 if dtype == np.uint8 else -largest
+        codes = self.constant(f"{name}_q", RNG.integers(low, largest, shape), dtype)
+        scale = scale * RNG.uniform(0.5, 1.5, shape[axis]) if axis is not None else scale
+        zero = np.zeros(np.shape(scale))
+        tail = [self.constant(f"{name}_s", scale, np.float32), self.constant(f"{name}_z", zero, dtype)]
+        self.node("DequantizeLinear", [codes, *tail], name, **({} if axis is None else {"axis": axis}))
+        return name
+
+    def model(self, outputs=None):
+        outputs = outputs or [self.last]
+        graph = helper.make_graph(
+            self.nodes, "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, self.shape)],
+            [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs],
+            self.constants,
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        model = onnx.shape_inference.infer_shapes(model)
+        onnx.checker.check_model(model)
+        return model
+
+
+def conv_on_the_wrong_axis():
+    b = Build([1, 8, 6, 6])
+    b.node("Conv", [b.qdq("x", "xd"), b.weight("w", (8, 8, 3, 3), axis=1)], "y", kernel_shape=[3, 3])
+    b.qdq("y", "yd", 0.05)
+    return b.model(), {"weight_axis"}
+
+
+def gemm_on_the_wrong_axis():
+    b = Build([4, 16])
+    b.node("Gemm", [b.qdq("x", "xd"), b.weight("w", (16, 16), axis=0)], "y", transB=0)
+    b.qdq("y", "yd", 0.05)
+    return b.model(), {"weight_axis"}
+
+
+def gemm_with_another_bias_scale():
+    b = Build([4, 16])
+    x, w = b.qdq("x", "xd"), b.weight("w", (8, 16), axis=0)
+    bias = b.constant("b_q", RNG.integers(-500, 500, 8), np.int32)
+    b.node("DequantizeLinear", [bias, b.constant("b_s", np.float32(0.002), np.float32)], "bd")
+    b.constants[-1].name = "b_s"
+    b.nodes[-1].input.append(b.constant("b_z", 0, np.int32))
+    b.node("Gemm", [x, w, "bd"], "y", transB=1)
+    b.qdq("y", "yd", 0.05)
+    return b.model(), {"bias_scale"}
+
+
+def quantized_twice():
+    b = Build([1, 8, 6, 6])
+    x = b.qdq(b.qdq("x", "xd"), "xdd")
+    b.node("Conv", [x, b.weight("w", (4, 8, 3, 3), axis=0)], "y", kernel_shape=[3, 3])
+    b.qdq("y", "yd", 0.05)
+    return b.model(), {"double_qdq"}
+
+
+def activation_per_channel():
+    b = Build([4, 16])
+    x = b.qdq("x", "xd", np.full(16, 0.02), axis=1)
+    b.node("MatMul", [x, b.weight("w", (16, 8), axis=1)], "y")
+    return b.model(), {"channel_activation"}
+
+
+def no_zero_points():
+    b = Build([4, 16])
+    b.node("Transpose", [b.qdq("x", "xd", with_zero=False)], "y", perm=[1, 0])
+    b.qdq("y", "yd", with_zero=False)
+    return b.model(), {"zero_point"}
+
+
+def two_quantizers_of_one_result():
+    b = Build([1, 8, 6, 6])
+    y = b.node("Conv", [b.qdq("x", "xd"), b.weight("w", (4, 8, 3, 3), axis=0)], "y", kernel_shape=[3, 3])
+    first, second = b.qdq(y, "y1", 0.05), b.qdq(y, "y2", 0.05)
+    b.node("Add", [first, second], "z")
+    b.qdq("z", "zd", 0.1)
+    return b.model(), {"several_quantizations"}
+
+
+def quantized_around_an_op_without_kernel():
+    b = Build([4, 16])
+    y = b.node("MatMul", [b.qdq("x", "xd"), b.weight("w", (16, 8), axis=1)], "y")
+    b.node("Tanh", [b.qdq(y, "yd", 0.05)], "t")
+    b.qdq("t", "td", 1 / 128)
+    return b.model(), {"no_kernel"}
+
+
+def weight_folded_to_float():
+    b = Build([1, 8, 6, 6])
+    w = b.constant("w", RNG.standard_normal((4, 8, 3, 3)), np.float32)
+    b.node("Conv", [b.qdq("x", "xd"), w], "y", kernel_shape=[3, 3])
+    b.qdq("y", "yd", 0.05)
+    return b.model(), {"float_weight"}
+
+
+def result_of_a_conv_left_float():
+    b = Build([1, 8, 6, 6])
+    b.node("Conv", [b.qdq("x", "xd"), b.weight("w", (4, 8, 3, 3), axis=0)], "y", kernel_shape=[3, 3])
+    return b.model(), {"float_result"}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+class Reader(CalibrationDataReader):
+    def __init__(self):
+        self.left = [{"x": RNG.standard_normal((1, 3, 12, 12)).astype(np.float32)} for _ in range(4)]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory):
+    torch.manual_seed(0)
+    captured = graphq.capture(Net().eval(), (torch.randn(1, 3, 12, 12),))
+    return graphq.export(captured, tmp_path_factory.mktemp("float") / "m.onnx")
+
+
+def by_onnxruntime(float_file, **options):
+    path = float_file.parent / "q.onnx"
+    quantize_static(str(float_file), str(path), Reader(), quant_format=QuantFormat.QDQ, **options)
+    return onnx.load(path)
+
+
+HAND_MADE = [
+    conv_on_the_wrong_axis, gemm_on_the_wrong_axis, gemm_with_another_bias_scale, quantized_twice,
+    activation_per_channel, no_zero_points, two_quantizers_of_one_result, quantized_around_an_op_without_kernel,
+    weight_folded_to_float, result_of_a_conv_left_float,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", HAND_MADE, ids=lambda f: f.__name__)
+def test_the_planted_fault_is_found_and_nothing_else(make):
+    model, wanted = make()
+    assert {f.rule for f in lint(model)} == wanted
+
+
+def test_symmetric_activations_of_quantize_static_keep_relus_from_fusing(float_file):
+    model = by_onnxruntime(
+        float_file, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, per_channel=True,
+        extra_options={"ActivationSymmetric": True},
+    )  # fmt: skip
+    found = lint(model)
+    assert {f.rule for f in found} == {"relu_zero_point", "no_kernel"}
+    assert "needs -128" in next(f for f in found if f.rule == "relu_zero_point").consequence
+    assert "ReduceMean" in next(f for f in found if f.rule == "no_kernel").node
+
+
+def test_full_range_weights_of_quantize_static_saturate_and_reduced_ones_do_not(float_file):
+    options = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    full, reduced = by_onnxruntime(float_file, **options), by_onnxruntime(float_file, reduce_range=True, **options)
+    assert {f.rule for f in lint(full, saturates=True)} == {"saturation", "no_kernel"}
+    for found in (lint(full), lint(reduced, saturates=True)):
+        assert [f.rule for f in found] == ["no_kernel"]  # it quantizes around the ReduceMean
+
+
+def test_models_of_graphq_are_clean(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12, 12)
+    for cpu in ("vnni", "avx2"):
+        target = graphq.passes.targets.get_target("onnxruntime", cpu=cpu)
+        path = graphq.export(
+            graphq.quantize(Net().eval(), data=[x], target=target, progress=False), tmp_path / "m.onnx"
+        )
+        assert not lint(onnx.load(path), saturates=cpu == "avx2")
+
+
+REPAIRABLE = {
+    conv_on_the_wrong_axis: "QLinearConv", gemm_on_the_wrong_axis: "QGemm", gemm_with_another_bias_scale: "QGemm",
+    quantized_twice: "QLinearConv", two_quantizers_of_one_result: "QLinearConv", no_zero_points: "Transpose",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", REPAIRABLE, ids=lambda f: f.__name__)
+def test_a_repaired_model_computes_what_its_file_says_within_one_step(make, tmp_path):
+    model, wanted = make()
+    before = model.SerializeToString()
+    repaired, left = fix(model)
+    assert model.SerializeToString() == before
+    assert wanted.isdisjoint(f.rule for f in left)
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    x = {"x": RNG.standard_normal(shape).astype(np.float32)}
+    said = session(before, optimize=False).run(None, x)[0]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation here: it is another fault
+    runs = [
+        onnxruntime.InferenceSession(m, options, providers=["CPUExecutionProvider"]).run(None, x)[0]
+        for m in (before, repaired.SerializeToString())
+    ]
+    step = max(numpy_helper.to_array(i).max() for i in model.graph.initializer if i.name in ("yd_s", "zd_s"))
+    assert np.abs(runs[1] - said).max() <= step * 1.001
+    if make in (conv_on_the_wrong_axis, gemm_on_the_wrong_axis, gemm_with_another_bias_scale):
+        assert np.abs(runs[0] - said).max() > 2 * step  # what the runtime makes of the faulty file
+    path = tmp_path / "repaired.onnx"
+    onnx.save(repaired, path)
+    kernels = [n.op_type for n in optimized_model(path).graph.node]
+    assert REPAIRABLE[make] in kernels
+
+
+def test_tensorrt_wants_signed_codes_around_zero_and_float_biases(float_file):
+    model = by_onnxruntime(
+        float_file, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True},
+    )  # fmt: skip
+    assert {f.rule for f in lint(model, "tensorrt")} == {"quantized_bias"}
+    repaired, left = fix(model, "tensorrt")
+    assert not left
+    assert not any(i.data_type == TensorProto.INT32 for i in repaired.graph.initializer)
+    unsigned = by_onnxruntime(float_file, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    assert {f.rule for f in lint(unsigned, "tensorrt")} == {"symmetric", "quantized_bias"}
+
+
+def test_the_command_line_repairs_and_says_what_is_left(tmp_path):
+    model, _ = quantized_twice()
+    onnx.save(model, tmp_path / "bad.onnx")
+    run = CliRunner()
+    result = run.invoke(app, ["lint", str(tmp_path / "bad.onnx"), "--cpu", "vnni"])
+    assert result.exit_code == 1 and "double_qdq" in result.output
+    result = run.invoke(
+        app, ["lint", str(tmp_path / "bad.onnx"), "--cpu", "vnni", "--fix", str(tmp_path / "good.onnx")]
+    )
+    assert result.exit_code == 0
+    result = run.invoke(app, ["lint", str(tmp_path / "good.onnx"), "--cpu", "vnni", "--json"])
+    assert result.exit_code == 0 and '"found": []' in result.output
+
+
+def test_every_rule_says_what_it_is_about():
+    for rules in RULES.values():
+        assert all(r.__doc__ for r in rules.values())

@@ -12,6 +12,8 @@ from graphq.config.presets import CONFIGS
 from graphq.graph.match import Match
 from graphq.graph.optable import FAMILIES
 from graphq.graph.pattern import Ops
+from graphq.lint.fix import FIXES
+from graphq.lint.rules import RULES
 from graphq.numerics.formats import FORMATS
 from graphq.observers import OBSERVERS
 from graphq.passes.targets import onnxruntime as ort_target
@@ -62,6 +64,8 @@ def target() -> str:
     reasons = "\n".join(f"| {f} | {why} |" for f, why in ort_target.FLOAT_REASONS.items())
     head = (HERE / "target-onnxruntime.head.md").read_text().rstrip()
     kernels = "\n".join(rows)
+    packed = "\n".join(f"| {f} | {k.name} |" for f, ks in ort_target.WEIGHT_ONLY.items() for k in ks)
+    kernels += f"\n\n## Kernels for weights beside float inputs\n\n| ops | kernel |\n|---|---|\n{packed}"
     return f"{head}\n\n## Kernels\n\n{kernels}\n\n## What stays float, and why\n\n| ops | why |\n|---|---|\n{reasons}\n"
 
 
@@ -90,7 +94,18 @@ def pattern_language() -> str:
     )
 
 
+def lint_page() -> str:
+    parts = [(HERE / "lint.head.md").read_text().rstrip()]
+    for target_name, rules in RULES.items():
+        lines = "\n".join(
+            f"| `{n}` | {' '.join(r.__doc__.split())} | {'yes' if n in FIXES else ''} |" for n, r in rules.items()
+        )
+        parts.append(f"## Rules for {target_name}\n\n| rule | finds | `--fix` |\n|---|---|---|\n{lines}")
+    return "\n\n".join(parts) + "\n"
+
+
 PAGES = {
+    "lint.md": lint_page,
     "configuration.md": configuration,
     "target-onnxruntime.md": target,
     "pattern-language.md": pattern_language,

@@ -318,7 +318,7 @@ def _write(group: Group, target: Target) -> None:
             decision.output = scheme.output or scheme.input
         decision.bias_form = kernel.bias
         _take_weight(decision, group, scheme)
-    elif group.pattern.weight and scheme.weight is not None and scheme.input is None and group.resolution.scheme:
+    elif group.pattern.weight and scheme.weight is not None and _weight_alone(group, scheme.weight, target):
         _take_packed(decision, group, scheme.weight, target)
         _take_weight(decision, group, scheme)
     for node in group.members:
@@ -329,6 +329,15 @@ def _inputs(group: Group) -> dict[fx.Node, QuantSpec]:
     cached = {group.match.node(name) for name in group.pattern.cached}
     specs = {a: (a in cached and group.scheme.cache) or group.scheme.input for a in group.activations}
     return {a: spec for a, spec in specs.items() if spec is not None}
+
+
+def _weight_alone(group: Group, spec: QuantSpec, target: Target) -> bool:
+    """Is the weight quantized although the inputs stay float? A table has no inputs: it is where a kernel reads it
+    packed, whatever the scheme says of inputs."""
+    if group.scheme.input is None:
+        return True
+    family = family_of(group.head.target)
+    return not group.activations and bool(target.packed_kernel_for(family, group.match, spec)[0])
 
 
 def _take_packed(decision: Decision, group: Group, spec: QuantSpec, target: Target) -> None:
@@ -344,7 +353,8 @@ def _take_packed(decision: Decision, group: Group, spec: QuantSpec, target: Targ
     note = "" if decision.kernel else target.weight_only_notes.get(family, "")
     note = "the kernel reads it packed" if decision.kernel else note
     decision.action = "weight_only"
-    decision.reason = "; ".join(filter(None, ["the scheme quantizes weights only", refusal, note]))
+    what = "the scheme quantizes weights only" if group.scheme.input is None else "a table is a weight without inputs"
+    decision.reason = "; ".join(filter(None, [what, refusal, note]))
 
 
 def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:

@@ -120,7 +120,7 @@ FLOAT_REASONS = {
     "hardswish": "ONNX Runtime's CPU has no integer kernel for HardSwish",
     "hardsigmoid": "ONNX Runtime's CPU has no integer kernel for HardSigmoid",
     "attention": "fused attention is computed in float",
-    "embedding": "a Gather of integers needs a Q after it; the table would be dequantized whole at every run",
+    "embedding": "no kernel reads its rows packed, and the table would be dequantized whole at every run",
     "pad": "Pad has no integer kernel, and no convolution follows to take it in",
     "split": "Split runs on integers only with equal scales on all parts",
 }

@@ -142,7 +142,7 @@ def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> 
     weighing = importance_watchers(prepared)
     try:
         together = not any(q.spec.observer == "moving_average" for q in every.values())
-        with watching(prepared, [*watchers.items(), *weighing.items()]):
+        with watching(prepared, [*watchers.items(), *((n, w) for (n, _), w in weighing.items())]):
             run_calibration(prepared, data, progress=progress, together=together)
         wanted = mean_products(prepared, watchers) if watchers else {}
         give_importance(prepared, weighing)

@@ -212,7 +212,7 @@ def _keep_names(match: Match, gone: set[fx.Node]) -> None:
 
 
 class Pipeline:
-    """Passes in order; then dead code goes. The graph's code is generated once, when it is next called.
+    """Passes in order; then dead code goes, and the graph's code is generated, once.
 
     `before`, `after` and `replace` give a new pipeline, so that a list in use never changes under its user.
     """
@@ -229,7 +229,7 @@ class Pipeline:
     def __call__(self, gm: fx.GraphModule) -> list[PassResult]:
         """Run all passes."""
         results = [p(gm) for p in self.passes]
-        tidy(gm)
+        finish(gm)
         return results
 
     def __repr__(self) -> str:

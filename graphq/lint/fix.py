@@ -26,6 +26,7 @@ def fix(
 
     Raises RuntimeMismatch, and gives nothing, where the repaired model does not compute the same bits.
     """
+    _expect_plain(model)
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     done: set[tuple[str, str]] = set()
@@ -37,9 +38,28 @@ def fix(
         done |= {(f.rule, f.node) for f in found if f.rule == name}
         FIXES[name](Graph(fixed), {f.node for f in found if f.rule == name})
         _drop_unused(fixed)
-    onnx.checker.check_model(fixed)
-    _prove(model, fixed)
+    try:
+        onnx.checker.check_model(fixed)
+        _prove(model, fixed)
+    except RuntimeMismatch:
+        raise
+    except Exception as e:  # onnx and ONNX Runtime each raise their own kinds
+        raise RuntimeMismatch(
+            f"the repair could not be proved on random inputs: {str(e).splitlines()[0][:160]}",
+            remedy="Repair the findings by hand, or quantize the model again.",
+        ) from e
     return fixed, lint(fixed, target, saturates=saturates)
+
+
+def _expect_plain(model: onnx.ModelProto) -> None:
+    """Values that subgraphs read, and constants that callers may override, are not followed here."""
+    inside = any(a.HasField("g") or a.graphs for n in model.graph.node for a in n.attribute)
+    overridable = {i.name for i in model.graph.input} & {i.name for i in model.graph.initializer}
+    if inside or overridable:
+        what = "branches or loops" if inside else "initializers that are inputs too"
+        raise RuntimeMismatch(
+            f"a model with {what} is not repaired", remedy="Lint it without --fix, and repair it where it is made."
+        )
 
 
 def _prove(before: onnx.ModelProto, after: onnx.ModelProto) -> None:

@@ -103,8 +103,11 @@ def bias_scale(g: Graph) -> Iterator[Finding]:
         bias = g.dequantized(node.input[2]) if len(node.input) > 2 else None
         if bias is None or x is None or weight is None or node.op_type == "MatMul":
             continue
-        if any(s is None for s in (bias.scale, x.scale, weight.scale)):
+        codes = g.array(bias.codes)
+        if codes is None or codes.dtype != np.int32 or any(s is None for s in (bias.scale, x.scale, weight.scale)):
             continue
+        if x.scale.size != 1 or bias.scale.size not in (1, weight.scale.size):  # type: ignore[union-attr]
+            continue  # another rule's
         wanted = x.scale.reshape(-1) * weight.scale.reshape(-1)  # type: ignore[union-attr]
         if not np.allclose(bias.scale.reshape(-1), wanted, rtol=TOLERANCE, atol=0):  # type: ignore[union-attr]
             effect = "ignores the scale of the bias" if node.op_type == "Gemm" else "leaves the convolution float"
@@ -206,13 +209,30 @@ def no_kernel(g: Graph) -> Iterator[Finding]:
         if not reads or not all(g.dequantized(n) is not None for n in reads):
             continue
         quantized = g.sole_reader(node.output[0])
-        if quantized is not None and quantized.op_type == "QuantizeLinear":
+        if quantized is None or quantized.op_type != "QuantizeLinear":
+            continue
+        if not (all(_needed_before(g, n) for n in reads) and _needed_after(g, quantized)):
             yield Finding(
                 "no_kernel", g.label(node),
                 f"ONNX Runtime's CPU has no integer {node.op_type}: its inputs and its result are rounded, and it "
                 "computes in float",
                 "Do not quantize around this op.",
             )  # fmt: skip
+
+
+def _needed_before(g: Graph, name: str) -> bool:
+    """Is a dequantized value the result of an integer kernel, which wants its Q?"""
+    given = g.dequantized(name)
+    quantize = g.made.get(given.codes) if given is not None else None
+    maker = g.made.get(quantize.input[0]) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+    return maker is not None and maker.op_type in INTEGER and _on_integers(g, maker)
+
+
+def _needed_after(g: Graph, quantize: onnx.NodeProto) -> bool:
+    """Do integer kernels read what is quantized here?"""
+    dequantized = [r for r in g.readers.get(quantize.output[0], []) if r.op_type == "DequantizeLinear"]
+    readers = [r for d in dequantized for r in g.readers.get(d.output[0], [])]
+    return bool(readers) and all(r.op_type in INTEGER for r in readers)
 
 
 @rule("onnxruntime", "tensorrt")
@@ -334,7 +354,8 @@ def quantized_bias(g: Graph) -> Iterator[Finding]:
     """A bias that is dequantized from int32: TensorRT wants it float."""
     for node in g.nodes:
         bias = g.dequantized(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
-        if bias is not None:
+        codes = None if bias is None or bias.scale is None else g.array(bias.codes)
+        if codes is not None and codes.dtype == np.int32:
             yield Finding(
                 "quantized_bias", g.label(node),
                 "its bias is quantized: TensorRT has no int32 DequantizeLinear",

@@ -21,7 +21,7 @@ class ChannelMean(nn.Module):
     def forward(self, x: Tensor) -> None:
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
         x = x.detach() if self.power == 1 else x.detach().pow(self.power)
-        total = x.sum(others, dtype=torch.float32).double()
+        total = (x.sum(others, dtype=torch.float32) if others else x).double()
         self.total = total if self.total is None else self.total.add_(total)
         self.count += x.numel() // x.shape[self.axis]
 

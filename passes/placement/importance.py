@@ -17,18 +17,25 @@ from graphq.observers.mse_grid import WeightedMseGrid
 
 from .edges import quantizer_at, quantizer_calls
 
-CHANNELS = {"conv": 1, "linear": -1}  # axis of the input channels of what these families read
+FAMILIES = ("conv", "linear")
+Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read and the axis of its channels
 
 
-def importance_watchers(gm: fx.GraphModule) -> dict[fx.Node, ChannelMean]:
+def importance_watchers(gm: fx.GraphModule) -> Watchers:
     """A watcher for the input of every op whose weight's range is found with importance."""
-    return {source: ChannelMean(CHANNELS[view.family], power=2) for view, source, _, _ in _weighted(gm)}
+    keys = {(source, _axis(view, weight)) for view, source, weight, _ in _weighted(gm)}
+    return {(source, axis): ChannelMean(axis, power=2) for source, axis in sorted(keys)}
 
 
-def give_importance(gm: fx.GraphModule, watchers: dict[fx.Node, ChannelMean]) -> None:
+def _axis(view: LayerView, weight: Tensor) -> int:
+    """The axis of the input channels, counted from the end: inputs may come without a batch."""
+    return -1 if view.family == "linear" else 1 - weight.ndim
+
+
+def give_importance(gm: fx.GraphModule, watchers: Watchers) -> None:
     """Tell the observers of weights what was seen of the inputs."""
     for view, source, weight, observer in _weighted(gm):
-        seen = watchers[source].mean
+        seen = watchers[source, _axis(view, weight)].mean
         if seen is None:
             raise CalibrationError(
                 "no calibration data reaches this layer, so that nothing is known of its inputs",
@@ -51,7 +58,7 @@ def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, Weig
         if not isinstance(observer, WeightedMseGrid):
             continue
         view = LayerView(gm, node)
-        if view.family not in CHANNELS:
+        if view.family not in FAMILIES:
             raise CalibrationError(
                 f"the observer imatrix_mse knows the inputs of conv and linear, not of {view.family}",
                 where=view.where(),

@@ -63,7 +63,8 @@ def packable(m: Match, spec: QuantSpec) -> str | None:
         return "the weight is not a matrix that is known"
     if packed_bits(spec.number_format) is None or spec.then is not None:
         return f"{spec} is not packed"
-    if spec.granularity == "block" or spec.axis not in (None, -1, 1 if spec.granularity == "group" else 0):
+    axis = None if spec.axis is None else spec.axis % 2
+    if spec.granularity == "block" or axis not in (None, 1 if spec.granularity == "group" else 0):
         return "blocks of packed weights run along the rows"
     if spec.granularity == "group" and spec.group_size not in BLOCKS:
         return f"blocks of packed weights have {', '.join(map(str, sorted(BLOCKS)))} values, not {spec.group_size}"

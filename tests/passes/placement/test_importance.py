@@ -75,3 +75,23 @@ def test_activations_have_no_importance():
     )
     with pytest.raises(CalibrationError, match="for weights"):
         graphq.calibrate(prepared, [torch.randn(2, 8)], progress=False)
+
+
+def test_readers_along_different_axes_have_importances_of_their_own():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.l = nn.Conv1d(6, 4, 1, bias=False), nn.Linear(10, 4, bias=False)
+
+        def forward(self, x):
+            return self.c(x).mean(-1) + self.l(x).mean(1)
+
+    torch.manual_seed(0)
+    both, x = Both().eval(), uneven((3, 6, 10), 1)
+    graph = graphq.quantize(both, config("imatrix_mse"), [x], progress=False)
+    alone = graphq.quantize(both.c, config("imatrix_mse"), [x], progress=False)
+
+    def scale(g):
+        return next(v for k, v in g.named_buffers() if k.endswith("scale") and ("c_" in k or g is alone))
+
+    assert torch.equal(scale(graph), scale(alone))

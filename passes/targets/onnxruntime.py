@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache, partial, update_wrapper
 from typing import Literal
 
 import numpy as np
+from torch import fx
 
 from graphq.config.spec import QuantSpec
 from graphq.errors import TargetError, did_you_mean
@@ -154,6 +156,11 @@ def saturates_here() -> bool:
     return int(session.run(None, {"a": np.full((1, 4), 255, np.uint8)})[0][0, 0]) != 4 * 255 * 127
 
 
+def _at_level(function: Callable[..., fx.GraphModule], level: int) -> Callable[[fx.GraphModule], fx.GraphModule]:
+    """The function at that accuracy level, under its own name."""
+    return update_wrapper(partial(function, accuracy_level=level), function)
+
+
 CPUS = ("auto", "avx2", "vnni", "arm")
 
 
@@ -183,8 +190,8 @@ def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> 
         activation_formats=frozenset({"uint8", "int8"} if cpu == "arm" else {"uint8"}),
         weight_formats=frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
         saturates=cpu == "avx2",
-        lowering=partial(lower_to_onnx_qdq, accuracy_level=accuracy_level),
-        reference=partial(lower_to_integer_reference, accuracy_level=accuracy_level),
+        lowering=_at_level(lower_to_onnx_qdq, accuracy_level),
+        reference=_at_level(lower_to_integer_reference, accuracy_level),
         weight_only=WEIGHT_ONLY,
         options={"cpu": cpu, "accuracy_level": accuracy_level},
     )

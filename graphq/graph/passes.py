@@ -289,14 +289,8 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
 
 
 def finish(gm: fx.GraphModule) -> None:
-    """Leave a graph as its user gets it: tidy, with its code generated."""
-    tidy(gm)
-    gm.recompile()
-
-
-def tidy(gm: fx.GraphModule) -> None:
-    """No dead code, no unused tensors, invariants checked."""
+    """Leave the graph clean: no dead code, no unused tensors, invariants checked, code generated."""
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     drop_unused_parameters(gm)
     check_graph(gm)
-    generate_when_called(gm)
+    gm.recompile()

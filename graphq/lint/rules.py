@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
+from torch import Tensor
 
 from graphq.errors import TargetError, did_you_mean
 from graphq.lint.graph import Dequantized, Graph, attribute
+from graphq.numerics.pairs import PAIR_LIMIT, along_k, heaviest_side
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 MOVES = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "GatherElements", "Expand",
          "Tile", "MaxPool", "ReduceMax", "ReduceMin", "Resize", "DepthToSpace", "Split"}  # fmt: skip
 INTEGER = {*WEIGHTED, *MOVES, "Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax",
            "Concat", "Where", "ArgMax", "Relu", "Clip"}  # fmt: skip
-SAFE_PAIR = 128  # |w₀| + |w₁| of one sign that 255 · w cannot drive out of int16
 TOLERANCE = 1e-3  # of a bias' scale
 
 
@@ -279,7 +281,7 @@ def relu_zero_point(g: Graph) -> Iterator[Finding]:
         if after is None or after.op_type != "QuantizeLinear":
             continue
         zero = g.quantization(after).zero
-        if zero is None or np.issubdtype(zero.dtype, np.floating) or not np.issubdtype(zero.dtype, np.integer):
+        if zero is None or not np.issubdtype(zero.dtype, np.integer):
             continue
         lowest = np.iinfo(zero.dtype).min
         if (zero != lowest).any():
@@ -301,7 +303,7 @@ def saturation(g: Graph) -> Iterator[Finding]:
         codes = g.array(weight.codes)
         if codes is None or codes.dtype != np.int8:
             continue
-        share = unsafe_pairs(rows_of(node, codes))
+        share = (heaviest_side(rows_of(node, codes)) > PAIR_LIMIT).double().mean().item()
         if share:
             yield Finding(
                 "saturation", g.label(node),
@@ -314,20 +316,12 @@ def _depthwise(node: onnx.NodeProto, codes: np.ndarray | None) -> bool:
     return node.op_type == "Conv" and codes is not None and codes.shape[1] == 1
 
 
-def rows_of(node: onnx.NodeProto, codes: np.ndarray) -> np.ndarray:
-    """[out, K] in the order in which kernels add up: of a convolution kernel positions, then input channels."""
-    if node.op_type == "Conv":
-        return np.moveaxis(codes, 1, -1).reshape(len(codes), -1)
-    matrix = codes if output_axis(node, codes.ndim) == 0 else np.swapaxes(codes, -1, -2)
-    return matrix.reshape(-1, matrix.shape[-1])
-
-
-def unsafe_pairs(rows: np.ndarray) -> float:
-    """Share of the pairs (K positions 2k, 2k + 1) of int8 codes [out, K] that can saturate."""
-    rows = np.pad(rows.astype(np.int32), ((0, 0), (0, rows.shape[1] % 2)))
-    pairs = rows.reshape(len(rows), -1, 2)
-    up, down = np.maximum(pairs, 0).sum(-1), np.maximum(-pairs, 0).sum(-1)
-    return float(((up > SAFE_PAIR) | (down > SAFE_PAIR)).mean())
+def rows_of(node: onnx.NodeProto, codes: np.ndarray) -> Tensor:
+    """[out, K] in the order in which kernels add up."""
+    weight = torch.from_numpy(codes.astype(np.int32))
+    if node.op_type != "Conv" and output_axis(node, weight.ndim) != 0:
+        weight = weight.transpose(-1, -2).reshape(-1, weight.shape[-2])
+    return along_k(weight)
 
 
 @rule("tensorrt")

@@ -1,9 +1,7 @@
 """Keep u8·s8 kernels from saturating on x86 without VNNI, at no cost in speed.
 
-The kernel multiplies pairs of neighbours along K, u8·s8 + u8·s8, into a saturating int16 before it adds up in int32.
-With activations up to 255, weight codes a and b of a pair are safe for every input when
-max(a, 0) + max(b, 0) ≤ 128 and max(-a, 0) + max(-b, 0) ≤ 128. Each output channel gets the scale, between its own and
-the one at which all pairs are safe, with the least squared error after unsafe pairs are clipped to the bound.
+Which pairs of weights are safe: `graphq.numerics.pairs`. Each output channel gets the scale, between its own and the
+one at which all pairs are safe, with the least squared error after unsafe pairs are clipped to the bound.
 
 K runs as (kernel row, kernel column, input channel), whatever the layout of the model. Depthwise convolutions have
 another kernel, and need nothing.
@@ -16,10 +14,10 @@ from torch import Tensor, fx
 
 from graphq.graph.decision import decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
+from graphq.numerics.pairs import PAIR_LIMIT, along_k, from_k, heaviest_side, pairs_of
 
 from .edges import quantizer_at, quantizer_calls
 
-PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
 STEPS = 5
 
 
@@ -67,7 +65,7 @@ def guard_rows(rows: Tensor, scale: Tensor, *, per_row: bool = True) -> tuple[Te
 def clip_pairs(codes: Tensor) -> Tensor:
     """Codes [out, K], integers in float: both of an unsafe pair give up half of the excess."""
     k = codes.shape[1]
-    pairs = torch.nn.functional.pad(codes.clamp(-127, 127), [0, k % 2]).unflatten(1, (-1, 2))
+    pairs = pairs_of(codes.clamp(-127, 127))
     for sign in (1, -1):
         excess = ((pairs * sign).clamp(min=0).sum(-1) - PAIR_LIMIT).clamp(min=0)
         cut = torch.stack([torch.ceil(excess / 2), torch.floor(excess / 2)], dim=-1)
@@ -77,19 +75,7 @@ def clip_pairs(codes: Tensor) -> Tensor:
 
 def _safe_scale(rows: Tensor, scale: Tensor) -> Tensor:
     """The smallest scale [out] at which every pair of real-valued codes is safe, never below the given one."""
-    pairs = torch.nn.functional.pad(rows, [0, rows.shape[1] % 2]).unflatten(1, (-1, 2))
-    heaviest = torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1)).amax(1)
-    return torch.maximum(scale, heaviest / PAIR_LIMIT)
-
-
-def along_k(weight: Tensor) -> Tensor:
-    """Weight [out, in, …] → [out, K] in the order in which the kernel walks K: spatial positions, then channels."""
-    return weight.movedim(1, -1).reshape(len(weight), -1)
-
-
-def from_k(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `along_k`."""
-    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+    return torch.maximum(scale, heaviest_side(rows).amax(1) / PAIR_LIMIT)
 
 
 def _is_depthwise(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ from graphq.graph import integer_ops
 from graphq.graph.decision import decision_of
 from graphq.graph.ops import DEQUANTIZE
 from graphq.graph.view import parameter
+from graphq.numerics.pairs import along_k
 from graphq.passes.lowering.integer_reference import lower_to_integer_reference
 from graphq.passes.lowering.onnx_qdq import lower_to_onnx_qdq
 from graphq.passes.patterns import PATTERNS
@@ -25,7 +26,6 @@ from graphq.passes.placement import (
     to_qdq,
 )
 from graphq.passes.placement.edges import quantizer_at, quantizer_calls
-from graphq.passes.placement.saturation_guard import along_k
 from graphq.passes.targets import get_target
 from graphq.passes.targets.onnxruntime import KERNELS
 from graphq.quantizer import quantizers

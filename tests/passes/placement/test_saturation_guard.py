@@ -7,7 +7,8 @@ from torch import nn
 
 import graphq
 from graphq.numerics.affine import sqnr
-from graphq.passes.placement.saturation_guard import along_k, clip_pairs, from_k, guard_rows
+from graphq.numerics.pairs import along_k, from_k
+from graphq.passes.placement.saturation_guard import clip_pairs, guard_rows
 
 
 def worst_pair(codes):

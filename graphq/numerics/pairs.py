@@ -1,0 +1,33 @@
+"""Pairs of int8 weights that can drive a u8·s8 kernel of x86 without VNNI out of its int16 sums.
+
+The kernel multiplies neighbours along K, u8·s8 + u8·s8, into a saturating int16. With activations up to 255, codes a
+and b of a pair are safe for every input when max(a, 0) + max(b, 0) ≤ 128 and max(-a, 0) + max(-b, 0) ≤ 128.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
+
+
+def along_k(weight: Tensor) -> Tensor:
+    """Weight [out, in, …] → [out, K] in the order in which the kernel walks K: spatial positions, then channels."""
+    return weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def from_k(rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `along_k`."""
+    return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def pairs_of(rows: Tensor) -> Tensor:
+    """[out, K] → [out, ⌈K / 2⌉, 2], filled up with a zero."""
+    return torch.nn.functional.pad(rows, [0, rows.shape[1] % 2]).unflatten(1, (-1, 2))
+
+
+def heaviest_side(rows: Tensor) -> Tensor:
+    """Of every pair the sum of its parts of one sign, the larger one [out, ⌈K / 2⌉]; safe up to PAIR_LIMIT."""
+    pairs = pairs_of(rows)
+    return torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1))

@@ -16,7 +16,7 @@ from graphq.errors import RuntimeMismatch
 from graphq.evaluate.latency import random_feed_of
 from graphq.evaluate.taps import session
 from graphq.lint.graph import Dequantized, Graph
-from graphq.lint.rules import Finding, lint, second_quantizations
+from graphq.lint.rules import Finding, lint, second_quantizations, several_quantized
 
 
 def fix(
@@ -87,16 +87,13 @@ def _make_float(g: Graph, nodes: set[str], position: int) -> None:
         given = g.dequantized(node.input[position]) if g.label(node) in nodes and len(node.input) > position else None
         if given is None:
             continue
-        name = f"{node.input[position]}_float"
-        if name not in g.initializers:
-            tensor = numpy_helper.from_array(values_of(g, given), name)
-            g.model.graph.initializer.append(tensor)
-            g.initializers[name] = tensor
-        node.input[position] = name
+        tensor = numpy_helper.from_array(values_of(g, given), _fresh(g, f"{node.input[position]}_float"))
+        g.model.graph.initializer.append(tensor)
+        node.input[position] = tensor.name
 
 
 def values_of(g: Graph, given: Dequantized) -> np.ndarray:
-    """What a DequantizeLinear makes of constant codes, float32."""
+    """What a DequantizeLinear makes of constant codes, in the type of its scale."""
     codes = g.array(given.codes)
     assert codes is not None and given.scale is not None
     scale = given.scale
@@ -104,8 +101,24 @@ def values_of(g: Graph, given: Dequantized) -> np.ndarray:
     if given.per_axis:
         shape = [-1 if d == given.axis % codes.ndim else 1 for d in range(codes.ndim)]
         scale, zero = scale.reshape(shape), zero.reshape(shape)
-    values: np.ndarray = (codes.astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale
+    whole = np.int32 if np.issubdtype(codes.dtype, np.integer) else np.float32  # small floats have no zero point
+    values: np.ndarray = (codes.astype(whole) - zero.astype(whole)).astype(scale.dtype) * scale
     return values
+
+
+def _fresh(g: Graph, name: str) -> str:
+    """A name that no value has yet; from now on it is taken."""
+    taken = {
+        *g.initializers,
+        *g.made,
+        *(i.name for i in g.model.graph.input),
+        *(i.name for i in g.model.graph.initializer),
+    }
+    unique, number = name, 0
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    return unique
 
 
 def _one_quantization(g: Graph, nodes: set[str]) -> None:
@@ -115,12 +128,11 @@ def _one_quantization(g: Graph, nodes: set[str]) -> None:
 
 
 def _one_quantizer(g: Graph, nodes: set[str]) -> None:
-    for maker in g.nodes:
-        if g.label(maker) not in nodes:
-            continue
-        first, *others = g.readers[maker.output[0]]
-        for other in others:
-            _redirect(g, other.output[0], first.output[0])
+    for name, equal in several_quantized(g):
+        if equal and g.label(g.made[name]) in nodes:
+            first, *others = g.readers[name]
+            for other in others:
+                _redirect(g, other.output[0], first.output[0])
 
 
 def _redirect(g: Graph, old: str, new: str) -> None:
@@ -134,26 +146,13 @@ def _zero_points(g: Graph, nodes: set[str]) -> None:
     for node in g.nodes:
         if g.label(node) not in nodes or node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        scale, kind = g.array(node.input[1]), _kind(g, node)
+        scale, kind = g.array(node.input[1]), g.code_type(node)
         if scale is None or kind is None:
             continue
-        name = f"{node.output[0]}_zero_point"
+        name = _fresh(g, f"{node.output[0]}_zero_point")
         g.model.graph.initializer.append(numpy_helper.from_array(np.zeros(scale.shape, kind), name))
         del node.input[2:]
         node.input.append(name)
-
-
-def _kind(g: Graph, node: onnx.NodeProto) -> np.dtype | None:
-    """The type of the codes."""
-    if node.op_type == "QuantizeLinear":
-        return np.dtype(np.uint8)
-    codes, maker = g.array(node.input[0]), g.made.get(node.input[0])
-    if codes is not None:
-        return codes.dtype
-    if maker is not None and maker.op_type == "QuantizeLinear":
-        zero = g.quantization(maker).zero
-        return np.dtype(np.uint8) if zero is None else zero.dtype
-    return None
 
 
 def _drop_unused(model: onnx.ModelProto) -> None:

@@ -47,8 +47,11 @@ class Graph:
             node = self.made.get(name)
             if name in self.initializers:
                 self._arrays[name] = numpy_helper.to_array(self.initializers[name])
-            elif node is not None and node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self._arrays[name] = numpy_helper.to_array(node.attribute[0].t)
+            elif node is not None and node.op_type == "Constant":
+                value = onnx.helper.get_attribute_value(node.attribute[0])
+                is_tensor = isinstance(value, onnx.TensorProto)
+                dtype = np.float32 if node.attribute[0].name.startswith("value_float") else None
+                self._arrays[name] = numpy_helper.to_array(value) if is_tensor else np.asarray(value, dtype)
             else:
                 return None
         return self._arrays[name]
@@ -65,6 +68,18 @@ class Graph:
         zero = self.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         axis, block = int(attribute(node, "axis", 1)), int(attribute(node, "block_size", 0))
         return Dequantized(node, node.input[0], self.array(node.input[1]), zero, axis, block)
+
+    def code_type(self, node: onnx.NodeProto) -> np.dtype | None:
+        """The type of the codes of a node without zero point; None where it is not seen."""
+        if node.op_type == "QuantizeLinear":
+            return np.dtype(np.uint8)
+        codes, maker = self.array(node.input[0]), self.made.get(node.input[0])
+        if codes is not None:
+            return codes.dtype
+        if maker is None or maker.op_type != "QuantizeLinear":
+            return None
+        zero = self.quantization(maker).zero
+        return np.dtype(np.uint8) if zero is None else zero.dtype
 
     def has_zero(self, node: onnx.NodeProto) -> bool:
         return len(node.input) > 2 and bool(node.input[2])

@@ -135,7 +135,9 @@ def second_quantizations(g: Graph) -> Iterator[tuple[onnx.NodeProto, onnx.NodePr
     """(QuantizeLinear, the DequantizeLinear that it reads) with equal scale, zero point and type."""
     for node in g.nodes:
         source = g.made.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if source is not None and source.op_type == "DequantizeLinear" and _same(g, node, source):
+        if source is None or source.op_type != "DequantizeLinear" or _leave(g, [node]):
+            continue
+        if _same(g, node, source):
             yield node, source
 
 
@@ -168,13 +170,26 @@ def zero_point(g: Graph) -> Iterator[Finding]:
             yield Finding(
                 "zero_point", g.label(node),
                 "it has no zero point: ONNX Runtime does not drop such pairs around Transpose, Reshape and their like",
-                "Give it a zero point of 0, as `--fix` does.", fixable=True,
+                "Give it a zero point of 0, as `--fix` does.", fixable=g.code_type(node) is not None,
             )  # fmt: skip
 
 
 @rule("onnxruntime")
 def several_quantizations(g: Graph) -> Iterator[Finding]:
     """A result that is quantized and also read as float, or quantized twice: the op that makes it is not fused."""
+    for name, equal in several_quantized(g):
+        maker, others = g.made[name], len(g.readers[name]) - 1 + (name in g.outputs)
+        yield Finding(
+            "several_quantizations", g.label(maker),
+            f"its result {name} is quantized and read by {others} others beside: ONNX Runtime fuses an op only with "
+            "the one QuantizeLinear that reads it",
+            "Let all read the dequantized value of one QuantizeLinear" + (", as `--fix` does." if equal else "."),
+            fixable=equal,
+        )  # fmt: skip
+
+
+def several_quantized(g: Graph) -> Iterator[tuple[str, bool]]:
+    """(result of an op on integers that is quantized and read by others beside, are they all one quantization?)."""
     for name, readers in g.readers.items():
         maker = g.made.get(name)
         quantizers = [r for r in readers if r.op_type == "QuantizeLinear"]
@@ -182,15 +197,13 @@ def several_quantizations(g: Graph) -> Iterator[Finding]:
             continue
         if len(readers) == 1 and name not in g.outputs:
             continue
-        equal = len(quantizers) == len(readers) and name not in g.outputs
-        equal = equal and all(_same(g, quantizers[0], q) for q in quantizers)
-        yield Finding(
-            "several_quantizations", g.label(maker),
-            f"its result {name} is quantized and read by {len(readers) - 1 + (name in g.outputs)} others beside: ONNX "
-            "Runtime fuses an op only with the one QuantizeLinear that reads it",
-            "Let all read the dequantized value of one QuantizeLinear" + (", as `--fix` does." if equal else "."),
-            fixable=equal,
-        )  # fmt: skip
+        alone = len(quantizers) == len(readers) and name not in g.outputs and not _leave(g, quantizers[1:])
+        yield name, alone and all(_same(g, quantizers[0], q) for q in quantizers)
+
+
+def _leave(g: Graph, nodes: list[onnx.NodeProto]) -> bool:
+    """Is a result of these an output of the model, which keeps its maker?"""
+    return any(o in g.outputs for n in nodes for o in n.output)
 
 
 def _on_integers(g: Graph, node: onnx.NodeProto) -> bool:
@@ -322,36 +335,3 @@ def rows_of(node: onnx.NodeProto, codes: np.ndarray) -> Tensor:
     if node.op_type != "Conv" and output_axis(node, weight.ndim) != 0:
         weight = weight.transpose(-1, -2).reshape(-1, weight.shape[-2])
     return along_k(weight)
-
-
-@rule("tensorrt")
-def symmetric(g: Graph) -> Iterator[Finding]:
-    """A zero point that is not zero, or unsigned codes: TensorRT refuses the model."""
-    for node in g.nodes:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        zero = g.quantization(node).zero
-        codes = g.array(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        kind = zero.dtype if zero is not None else codes.dtype if codes is not None else None
-        if kind == np.int32:
-            continue  # a bias: `quantized_bias`
-        if (zero is not None and np.any(zero.astype(np.float32) != 0)) or kind == np.uint8:
-            yield Finding(
-                "symmetric", g.label(node),
-                "TensorRT takes signed codes with zero point 0 only",
-                "Quantize symmetrically to int8 (target 'tensorrt').",
-            )  # fmt: skip
-
-
-@rule("tensorrt")
-def quantized_bias(g: Graph) -> Iterator[Finding]:
-    """A bias that is dequantized from int32: TensorRT wants it float."""
-    for node in g.nodes:
-        bias = g.dequantized(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
-        codes = None if bias is None or bias.scale is None else g.array(bias.codes)
-        if codes is not None and codes.dtype == np.int32:
-            yield Finding(
-                "quantized_bias", g.label(node),
-                "its bias is quantized: TensorRT has no int32 DequantizeLinear",
-                "Leave the bias float, as `--fix` does.", fixable=True,
-            )  # fmt: skip

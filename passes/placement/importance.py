@@ -33,7 +33,7 @@ def _axis(view: LayerView, weight: Tensor) -> int:
 
 
 def give_importance(gm: fx.GraphModule, watchers: Watchers) -> None:
-    """Tell the observers of weights what was seen of the inputs."""
+    """Tell the observers of weights what was seen of the inputs: of all of them, where a weight is tied."""
     for view, source, weight, observer in _weighted(gm):
         seen = watchers[source, _axis(view, weight)].mean
         if seen is None:
@@ -42,7 +42,9 @@ def give_importance(gm: fx.GraphModule, watchers: Watchers) -> None:
                 where=view.where(),
                 remedy="Give data that runs it, or choose the observer mse_grid.",
             )
-        observer.importance = _on_weight(view, weight, seen.float())
+        watcher = watchers[source, _axis(view, weight)]
+        total = _on_weight(view, weight, (seen * watcher.count).float())
+        observer.importance = total if observer.importance is None else observer.importance + total
 
 
 def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, WeightedMseGrid]]:

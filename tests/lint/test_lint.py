@@ -294,3 +294,25 @@ def test_what_cannot_be_proved_is_not_repaired():
     shared.graph.input.append(helper.make_tensor_value_info("xd_s", TensorProto.FLOAT, []))
     with pytest.raises(RuntimeMismatch, match="initializers that are inputs"):
         fix(shared)
+
+
+def test_only_the_result_that_is_quantized_twice_is_repaired():
+    b = Build([4, 16])
+    b.constant("sizes", [8, 8], np.int64)
+    b.nodes.append(helper.make_node("Split", [b.qdq("x", "xd"), "sizes"], ["p", "q"], name="split", axis=1))
+    b.node("Relu", ["p"], "p1")
+    b.node("Neg", ["p"], "p2")
+    b.node("Sum", [b.qdq("q", "q1", 0.03), b.qdq("q", "q2", 0.03), "p1", "p2"], "y")
+    model = b.model()
+    assert [f.rule for f in lint(model) if f.fixable] == ["several_quantizations"]
+    repaired, left = fix(model)
+    assert not any(f.fixable for f in left)
+    assert sum(n.op_type == "QuantizeLinear" for n in repaired.graph.node) == 2
+
+
+def test_a_quantization_that_is_an_output_is_no_repair_that_is_promised():
+    b = Build([4, 16])
+    b.qdq(b.qdq("x", "xd"), "xdd")
+    model = b.model(["xdd"])
+    model.graph.output.append(helper.make_tensor_value_info("xdd_q", TensorProto.UINT8, [4, 16]))
+    assert not any(f.fixable for f in lint(model))

@@ -95,3 +95,22 @@ def test_readers_along_different_axes_have_importances_of_their_own():
         return next(v for k, v in g.named_buffers() if k.endswith("scale") and ("c_" in k or g is alone))
 
     assert torch.equal(scale(graph), scale(alone))
+
+
+def test_a_tied_weight_is_judged_on_the_inputs_of_all_its_readers():
+    class Twice(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.a, self.b, self.first = nn.Linear(16, 4, bias=False), nn.Linear(16, 4, bias=False), first
+            self.b.weight = self.a.weight
+
+        def forward(self, x, y):
+            return self.a(x) + self.b(y) if self.first else self.b(y) + self.a(x)
+
+    x, y = uneven((8, 16), -1), uneven((8, 16), -1, seed=3).flip(-1)
+    found = []
+    for first in (True, False):
+        torch.manual_seed(0)
+        graph = graphq.quantize(Twice(first).eval(), config("imatrix_mse"), [(x, y)], progress=False)
+        found.append(next(v for k, v in graph.named_buffers() if k.endswith("scale")))
+    assert torch.equal(*found)

@@ -16,7 +16,7 @@ from graphq.lint.fix import FIXES
 from graphq.lint.rules import RULES
 from graphq.numerics.formats import FORMATS
 from graphq.observers import OBSERVERS
-from graphq.passes.targets import onnxruntime as ort_target
+from graphq.passes.targets import get_target, onnxruntime, tensorrt
 
 HERE = Path(__file__).parent
 
@@ -55,16 +55,17 @@ def configuration() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def target() -> str:
+def target(name, module) -> str:
     rows = ["| ops | kernel | role | result | bias |", "|---|---|---|---|---|"]
-    for family, kernels in ort_target.KERNELS.items():
+    for family, kernels in module.KERNELS.items():
         for k in kernels:
             bias = k.bias if family.startswith(("conv", "linear")) else ""
             rows.append(f"| {family} | {k.name} | {k.role} | {k.output if k.role != 'carry' else ''} | {bias} |")
-    reasons = "\n".join(f"| {f} | {why} |" for f, why in ort_target.FLOAT_REASONS.items())
-    head = (HERE / "target-onnxruntime.head.md").read_text().rstrip()
+    reasons = "\n".join(f"| {f} | {why} |" for f, why in module.FLOAT_REASONS.items())
+    head = (HERE / f"target-{name}.head.md").read_text().rstrip()
     kernels = "\n".join(rows)
-    packed = "\n".join(f"| {f} | {k.name} |" for f, ks in ort_target.WEIGHT_ONLY.items() for k in ks)
+    weight_only = get_target(name).weight_only
+    packed = "\n".join(f"| {f} | {k.name} |" for f, ks in weight_only.items() for k in ks)
     kernels += f"\n\n## Kernels for weights beside float inputs\n\n| ops | kernel |\n|---|---|\n{packed}"
     return f"{head}\n\n## Kernels\n\n{kernels}\n\n## What stays float, and why\n\n| ops | why |\n|---|---|\n{reasons}\n"
 
@@ -107,7 +108,8 @@ def lint_page() -> str:
 PAGES = {
     "lint.md": lint_page,
     "configuration.md": configuration,
-    "target-onnxruntime.md": target,
+    "target-onnxruntime.md": lambda: target("onnxruntime", onnxruntime),
+    "target-tensorrt.md": lambda: target("tensorrt", tensorrt),
     "pattern-language.md": pattern_language,
     "formats.md": lambda: formats.page((HERE / "formats.head.md").read_text()),
 }

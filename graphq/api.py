@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from graphq.calibration.batches import NO_DATA, batches_of
-from graphq.calibration.runner import run_calibration
-from graphq.calibration.watch import watching
+from graphq.calibration.calibrate import calibrate_graphs
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError, TargetError
 from graphq.export.onnx import export_onnx, metadata_of, name_nodes
@@ -26,24 +26,22 @@ from graphq.nn import first_call, with_registered
 from graphq.passes.canonical import canonical_pipeline
 from graphq.passes.placement import (
     annotate,
-    correct_bias,
     fit_bias,
-    give_importance,
     guard_saturation,
-    importance_watchers,
     insert_quantizers,
-    mean_products,
-    mean_watchers,
     quantize_bias,
-    shared_magnitudes,
     to_qdq,
 )
 from graphq.passes.targets import Target, get_target
 from graphq.qat import FOLDED, TRAINED, settle
-from graphq.quantizer import TensorQuantizer, quantizers
 
 STAGE = "graphq_stage"
 Model = nn.Module | fx.GraphModule | ExportedProgram
+Graphs = dict[str, fx.GraphModule]  # by target
+Config = QuantConfig | str | Path
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any] | None
+Prepared = TypeVar("Prepared", fx.GraphModule, Graphs)
 
 
 def stage_of(gm: Any) -> str:
@@ -80,40 +78,72 @@ def capture_like(model: Model, graph: fx.GraphModule) -> fx.GraphModule:
     return capture(model, example.args, example.kwargs, example.dynamic_shapes)
 
 
+@overload
+def prepare(
+    model: Model, config: Config = ..., args: Args = ..., kwargs: Kwargs = ..., *, target: Target | str = ...,
+    dynamic_shapes: Any = ..., canonical: Pipeline | None = ...,
+) -> fx.GraphModule: ...  # fmt: skip
+@overload
+def prepare(
+    model: Model, config: Config = ..., args: Args = ..., kwargs: Kwargs = ..., *, target: Sequence[Target | str],
+    dynamic_shapes: Any = ..., canonical: Pipeline | None = ...,
+) -> Graphs: ...  # fmt: skip
 def prepare(
     model: Model,
-    config: QuantConfig | str | Path = "int8",
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
+    config: Config = "int8",
+    args: Args = (),
+    kwargs: Kwargs = None,
     *,
-    target: Target | str = "onnxruntime",
+    target: Target | str | Sequence[Target | str] = "onnxruntime",
     dynamic_shapes: Any = "batch",
     canonical: Pipeline | None = None,
-) -> fx.GraphModule:
+) -> fx.GraphModule | Graphs:
     """Capture a model, decide on every op, and place quantizers; it still computes what the float model does.
 
     config: a QuantConfig, a preset name, or a YAML or JSON file. args, kwargs, dynamic_shapes: see `capture`.
-    target: a Target, or the name of one; `get_target("onnxruntime", cpu="avx2")` is for another machine.
+    target: a Target, or the name of one; `get_target("onnxruntime", cpu="avx2")` is for another machine. A list of them
+        gives a graph for each, by name; calibrate, convert and export take these together.
     canonical: the rewrites to begin with, `canonical_pipeline().after("fold_pad", …)`; None: the built-in ones.
     """
     if stage_of(model) in ("prepared", "calibrated", "converted"):
         raise StateError(
             f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
         )
-    config, target = QuantConfig.load(config), get_target(target)
+    config = QuantConfig.load(config)
+    targets = [get_target(t) for t in (target if isinstance(target, (list, tuple)) else [target])]  # type: ignore[arg-type]
     captured = capture(with_registered(model), args, kwargs, dynamic_shapes)  # type: ignore[arg-type]
     _expect_float32(captured)
+    canonical = canonical or canonical_pipeline()
     with uncollected():
         gm = fork(captured)
-        canonical = canonical or canonical_pipeline()
         canonical(gm)
-        annotate(gm, config, target)
-        check_stage(gm, decided, after="annotate")
-        insert_quantizers(gm)
-        check_stage(gm, after="insert_quantizers")
-    kept = {"graphq_config": config, "graphq_target": target, "graphq_canonical": canonical}
-    gm.meta.update({STAGE: "prepared", **kept})
+        others = [fork(gm) for _ in targets[1:]]
+        graphs = [_place(g, config, t) for g, t in zip([gm, *others], targets, strict=True)]
+    for g in graphs:
+        g.meta["graphq_canonical"] = canonical
+    if not isinstance(target, (list, tuple)):
+        return graphs[0]
+    return dict(zip(names_of(targets), graphs, strict=True))
+
+
+def _place(gm: fx.GraphModule, config: QuantConfig, target: Target) -> fx.GraphModule:
+    annotate(gm, config, target)
+    check_stage(gm, decided, after="annotate")
+    insert_quantizers(gm)
+    check_stage(gm, after="insert_quantizers")
+    gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
     return gm
+
+
+def names_of(targets: Sequence[Target]) -> list[str]:
+    """Each target's name, with its CPU where a name comes twice. Raises TargetError for one that is given twice."""
+    names = [t.name for t in targets]
+    names = [n if names.count(n) == 1 else f"{n}-{t.cpu}" for n, t in zip(names, targets, strict=True)]
+    if not names or len(set(names)) < len(names):
+        raise TargetError(
+            f"targets are given once each, not {', '.join(names) or 'none'}", remedy="Name different targets or CPUs."
+        )
+    return names
 
 
 def _expect_float32(gm: fx.GraphModule) -> None:
@@ -129,48 +159,24 @@ def _expect_float32(gm: fx.GraphModule) -> None:
             )
 
 
-def calibrate(prepared: fx.GraphModule, data: Any, *, progress: bool = True) -> fx.GraphModule:
+def calibrate(prepared: Prepared, data: Any, *, progress: bool = True) -> Prepared:
     """Show data to the observers and fix all scales; afterwards the graph simulates the quantized model.
 
+    prepared: a graph, or the graphs of several targets; the data run once.
     data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
     """
-    _expect(prepared, "prepared", "calibrate", "Call graphq.prepare first; calibration changes weights and biases.")
-    every = quantizers(prepared)
-    watchers = mean_watchers(prepared) if prepared.meta["graphq_config"].bias_correction else {}
-    for q in every.values():
-        q.observe()
-    weighing = importance_watchers(prepared)
-    try:
-        together = not any(q.spec.observer == "moving_average" for q in every.values())
-        with watching(prepared, [*watchers.items(), *((n, w) for (n, _), w in weighing.items())]):
-            run_calibration(prepared, data, progress=progress, together=together)
-        wanted = mean_products(prepared, watchers) if watchers else {}
-        give_importance(prepared, weighing)
-        _observe_constants(prepared)
-        shared = shared_magnitudes(prepared)
-        for q in every.values():
-            q.freeze(shared.get(q))
-    except BaseException:
-        for q in every.values():
-            q.observer, q.state = None, "off"
-        prepared.meta[STAGE] = "prepared"
-        raise
-    fit_bias(prepared)
-    if prepared.meta["graphq_target"].saturates:
-        guard_saturation(prepared)
-    if watchers:
-        correct_bias(prepared, watchers, wanted)
-    prepared.meta[STAGE] = "calibrated"
+    graphs = _each(prepared)
+    for gm in graphs:
+        _expect(gm, "prepared", "calibrate", "Call graphq.prepare first; calibration changes weights and biases.")
+    calibrate_graphs(graphs, data, progress=progress)
+    for gm in graphs:
+        gm.meta[STAGE] = "calibrated"
     return prepared
 
 
-def _observe_constants(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        quantizer = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(quantizer, TensorQuantizer) and quantizer.constant:
-            tensor = parameter(gm, node.args[0])
-            assert tensor is not None
-            quantizer.update(tensor)
+def _each(graphs: Any) -> list[fx.GraphModule]:
+    """One graph, or those of several targets."""
+    return [*graphs.values()] if isinstance(graphs, dict) else [graphs]
 
 
 def _after_training(trained: fx.GraphModule) -> fx.GraphModule:
@@ -182,12 +188,18 @@ def _after_training(trained: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-@uncollected()
-def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
+def convert(calibrated: Prepared) -> Prepared:
     """Replace quantizers by graphq::quantize and graphq::dequantize, weights and biases by integer codes.
 
-    A new graph; the calibrated one stays as it is.
+    A new graph, or one for each of several; the calibrated ones stay as they are.
     """
+    converted = [_convert(gm) for gm in _each(calibrated)]
+    many: Any = calibrated
+    return dict(zip(many, converted, strict=True)) if isinstance(many, dict) else converted[0]  # type: ignore[return-value]
+
+
+@uncollected()
+def _convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     _expect(calibrated, "calibrated", "convert", "Call graphq.prepare and graphq.calibrate first.")
     if FOLDED in calibrated.meta:
         raise StateError(
@@ -202,11 +214,18 @@ def convert(calibrated: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def export(graph: fx.GraphModule, path: str | Path) -> Path:
+@overload
+def export(graph: fx.GraphModule, path: str | Path) -> Path: ...
+@overload
+def export(graph: Graphs, path: str | Path) -> dict[str, Path]: ...
+def export(graph: fx.GraphModule | Graphs, path: str | Path) -> Path | dict[str, Path]:
     """Lower a converted graph to its target's form and write it: an ONNX QDQ model for "onnxruntime".
 
-    A captured graph is written too, as the float model to compare with.
+    A captured graph is written too, as the float model to compare with. The graphs of several targets become
+    model.onnxruntime.onnx, model.tensorrt.onnx, … for the path model.onnx.
     """
+    if isinstance(graph, dict):
+        return {name: export(gm, Path(path).with_suffix(f".{name}{Path(path).suffix}")) for name, gm in graph.items()}
     if stage_of(graph) == "captured":
         return export_onnx(name_nodes(fork(graph)), path, {"graphq.config": "float"})
     _expect(graph, "converted", "export", "Call graphq.convert on the calibrated graph first.")
@@ -214,17 +233,27 @@ def export(graph: fx.GraphModule, path: str | Path) -> Path:
     return export_onnx(target.lowering(graph), path, metadata_of(graph), target.translations)
 
 
+@overload
+def quantize(
+    model: Model, config: Config = ..., data: Any = ..., *, args: Args = ..., kwargs: Kwargs = ...,
+    target: Target | str = ..., dynamic_shapes: Any = ..., progress: bool = ...,
+) -> fx.GraphModule: ...  # fmt: skip
+@overload
+def quantize(
+    model: Model, config: Config = ..., data: Any = ..., *, args: Args = ..., kwargs: Kwargs = ...,
+    target: Sequence[Target | str], dynamic_shapes: Any = ..., progress: bool = ...,
+) -> Graphs: ...  # fmt: skip
 def quantize(
     model: Model,
-    config: QuantConfig | str | Path = "int8",
+    config: Config = "int8",
     data: Any = None,
     *,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-    target: Target | str = "onnxruntime",
+    args: Args = (),
+    kwargs: Kwargs = None,
+    target: Target | str | Sequence[Target | str] = "onnxruntime",
     dynamic_shapes: Any = "batch",
     progress: bool = True,
-) -> fx.GraphModule:
+) -> fx.GraphModule | Graphs:
     """prepare, calibrate and convert in one call. Without args and kwargs, the first batch of data is the example."""
     if data is None:
         raise CalibrationError("there is no calibration data", remedy=NO_DATA)
@@ -242,5 +271,5 @@ def quantize(
         if first is None:
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
         args, kwargs = first
-    prepared = prepare(model, config, args, kwargs, target=target, dynamic_shapes=dynamic_shapes)
-    return convert(calibrate(prepared, data, progress=progress))
+    prepared: Any = prepare(model, config, args, kwargs, target=target, dynamic_shapes=dynamic_shapes)  # type: ignore[call-overload]
+    return convert(calibrate(prepared, data, progress=progress))  # type: ignore[no-any-return]

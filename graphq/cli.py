@@ -27,7 +27,7 @@ from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of, flat_outputs, verify
 from graphq.graph.invariants import checking
 from graphq.loading import load_data, load_model
-from graphq.passes.targets import get_target
+from graphq.passes.targets import Target, get_target
 from graphq.report.explain import explain as explain_graph
 from graphq.report.html import report
 from graphq.report.tables import comparison_table, explanation_table, latency_table, verification_line
@@ -44,6 +44,9 @@ ModelArg = Annotated[str, typer.Argument(help="model.pt2, hf:DIR, or module:fact
 DataOption = Annotated[str, typer.Option("--calibration", help=".npz, folder of images, .txt, or module:loader")]
 ConfigOption = Annotated[str, typer.Option("--config", help="A preset, or a .yaml or .json file")]
 TargetOption = Annotated[str, typer.Option(help="The runtime to place quantizers for")]
+TargetsOption = Annotated[
+    list[str], typer.Option("--target", help="The runtime to place quantizers for; may be repeated")
+]
 CpuOption = Annotated[str, typer.Option(help="auto (this machine), avx2, vnni or arm")]
 DynamicOption = Annotated[str, typer.Option(help="batch, batch+sequence, or none")]
 SamplesOption = Annotated[int, typer.Option(help="How many calibration samples to use")]
@@ -73,7 +76,7 @@ def quantize(
     calibration: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write")],
     config: ConfigOption = "int8",
-    target: TargetOption = "onnxruntime",
+    target: TargetsOption = ["onnxruntime"],  # noqa: B006  (typer copies it)
     cpu: CpuOption = "auto",
     dynamic: DynamicOption = "batch",
     samples: SamplesOption = 64,
@@ -82,42 +85,51 @@ def quantize(
     check: Annotated[bool, typer.Option("--check", help="Check the graph and every promise after every pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a model, write it as ONNX, and check that the runtime computes what was simulated."""
-    settings, place = QuantConfig.load(config), get_target(target, cpu=cpu)
+    """Quantize a model, write it as ONNX, and check that the runtime computes what was simulated.
+
+    Several targets share one calibration; model.onnx becomes model.onnxruntime.onnx, model.tensorrt.onnx, …
+    """
+    settings, places = QuantConfig.load(config), [_target(t, cpu) for t in target]
     for path in filter(None, (output, float_onnx, html)):
         if not path.parent.is_dir():
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
     source = load_model(model)
     data = load_data(calibration, model, samples=samples)
     with checking(check):
-        quantized = api.quantize(
-            source, settings, data, target=place, dynamic_shapes=_shapes(dynamic), progress=not as_json
+        graphs = api.quantize(
+            source, settings, data, target=places, dynamic_shapes=_shapes(dynamic), progress=not as_json
         )
-        api.export(quantized, output)
+        files = api.export(graphs, output) if len(graphs) > 1 else {n: api.export(g, output) for n, g in graphs.items()}
     if float_onnx is not None:
-        api.export(api.capture_like(source, quantized), float_onnx)
+        api.export(api.capture_like(source, next(iter(graphs.values()))), float_onnx)
     held = data[:8]
-    checked = verify(quantized, output, held)
-    explanation = explain_graph(quantized, output)
-    quality = compare_graphs(source, quantized, held, per_op=False)
-    if html is not None:
-        report(quantized, html, explanation, quality, checked)
+    results, agrees = [], True
+    for name, file in files.items():
+        checked, explanation = verify(graphs[name], file, held), explain_graph(graphs[name], file)
+        quality, place = compare_graphs(source, graphs[name], held, per_op=False), graphs[name].meta["graphq_target"]
+        agrees &= checked.agrees
+        if html is not None:
+            page = html if len(files) == 1 else html.with_suffix(f".{name}{html.suffix}")
+            report(graphs[name], page, explanation, quality, checked)
+        figures = {"kernels": explanation.kernels(), "verify": checked.to_dict(), "quality": quality.to_dict()}
+        results.append({"file": str(file), "target": name, **figures})
+        if not as_json:
+            console.print(_summary(explanation.kernels(), quality, place))
+            console.print(verification_line(checked))
+            console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
     if as_json:
-        figures = quality.to_dict()
-        _emit({"file": str(output), "kernels": explanation.kernels(), "verify": checked.to_dict(), "quality": figures})
-    else:
-        console.print(_summary(explanation.kernels(), quality))
-        console.print(verification_line(checked))
-        console.print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
-    if not checked.agrees:
+        _emit(results if len(results) > 1 else results[0])
+    if not agrees:
         raise typer.Exit(1)
 
 
-def _summary(kernels: dict[str, int], quality: Comparison) -> Table:
-    title = (
-        f"kernels found in ONNX Runtime — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration "
-        "samples"
-    )
+def _target(name: str, cpu: str) -> Target:
+    return get_target(name) if cpu == "auto" else get_target(name, cpu=cpu)
+
+
+def _summary(kernels: dict[str, int], quality: Comparison, target: Target) -> Table:
+    where = "found in ONNX Runtime" if target.executor else f"predicted for {target.name}"
+    title = f"kernels {where} — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration samples"
     table = Table("kernel", "ops", title=title, title_justify="left")
     for kernel, count in kernels.items():
         table.add_row(kernel, str(count))
@@ -139,7 +151,7 @@ def explain(
 ) -> None:
     """Say for every op what is decided, by which rule and why, and which kernel computes it."""
     data = load_data(calibration, model, samples=1)
-    place = get_target(target, cpu=cpu)
+    place = _target(target, cpu)
     graph = api.quantize(load_model(model), config, data, target=place, dynamic_shapes=_shapes(dynamic), progress=False)
     explanation = explain_graph(graph, onnx)
     if layer is not None:

@@ -199,10 +199,12 @@ class Twice(nn.Module):
         return self.b(self.a(x).relu())
 
 
-def test_a_module_called_twice_is_restored_with_both_of_its_corrected_biases(tmp_path):
+@pytest.mark.parametrize("cpu", ["vnni", "avx2"])
+def test_a_module_called_twice_is_restored_with_both_of_its_corrected_biases(cpu, tmp_path):
     torch.manual_seed(0)
     model, x = Twice().eval(), torch.randn(32, 16)
-    graph = graphq.calibrate(graphq.prepare(model, "int8", (x,)), [x], progress=False)
+    target = graphq.get_target("onnxruntime", cpu=cpu)
+    graph = graphq.calibrate(graphq.prepare(model, "int8", (x,), target=target), [x], progress=False)
     loaded = graphq.load(graphq.save(graph, tmp_path / "g"), model)
     assert torch.equal(graphq.convert(loaded)(x), graphq.convert(graph)(x))
     names = [{n for n, _ in graphq.qat(g).named_parameters()} for g in (graph, loaded)]

@@ -55,10 +55,10 @@ def optimized_model(path: str | Path) -> onnx.ModelProto:
 
 
 class Taps:
-    """Runs the optimized model and gives the values of inner tensors, without changing which kernels run."""
+    """Runs the model, optimized or as it is, and gives inner tensors, without changing which kernels run."""
 
-    def __init__(self, path: str | Path, wanted: Iterable[str]) -> None:
-        model = optimized_model(path)
+    def __init__(self, path: str | Path, wanted: Iterable[str], *, optimize: bool = True) -> None:
+        model = optimized_model(path) if optimize else load_model(path)
         made = {name: node for node in model.graph.node for name in node.output}
         # result of a product with packed weights → its float input: it is judged on the very values that it got
         self.packed = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "MatMulNBits"}
@@ -75,6 +75,8 @@ class Taps:
             self.model = onnx.load(tapped) if large else model  # external data is taken out of what is saved
             self._session = session(tapped, optimize=False)
         types = {o.name: o.type[7:-1] for o in self._session.get_outputs() if o.name in self.kernels}
+        types = {name: t for name, t in types.items() if not t.startswith("float8")}  # NumPy does not know them
+        self.names = [n for n in self.names if n in types]
         self.dtypes = {name: np.dtype(t) for name, t in types.items() if t != "float"}
 
     def run(self, feed: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:

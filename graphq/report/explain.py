@@ -82,8 +82,11 @@ class Explanation:
 
 
 def explain(gm: fx.GraphModule, onnx_path: str | Path | None = None) -> Explanation:
-    """Explain a prepared, calibrated or converted graph; with the exported file also which kernels really run."""
-    found = _Found(gm, onnx_path) if onnx_path is not None else None
+    """Explain a prepared, calibrated or converted graph; with the exported file also which kernels really run,
+    where the target's runtime is on this machine."""
+    target = gm.meta.get("graphq_target")
+    here = onnx_path is not None and (target is None or bool(target.executor))
+    found = _Found(gm, onnx_path) if onnx_path is not None and here else None
     rows = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or is_quantization(node):

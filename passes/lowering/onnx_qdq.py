@@ -39,7 +39,7 @@ def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.
     for node in list(gm.graph.nodes):
         family, args = family_of(node.target), _args(node)
         if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:
-            _linear_to_matmul(gm, node)
+            linear_to_matmul(gm, node)
         elif family == "adaptive_avg_pool" and set(args[1]) == {1}:
             node.target, node.args = GLOBAL_AVERAGE_POOL, (args[0],)
     gm.graph.eliminate_dead_code()
@@ -59,7 +59,8 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.args)
 
 
-def _linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
+def linear_to_matmul(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Rewrite, in place, a linear with a dequantized weight as a product with its transpose."""
     x, weight, *rest = _args(node)
     bias = rest[0] if rest else node.kwargs.get("bias")
     graph = gm.graph

@@ -39,13 +39,10 @@ class Group:
     root: fx.Node
     activations: list[fx.Node]
     resolution: Resolution
+    scheme: Scheme  # as the target takes it
     kernel: Kernel | None
     reason: str  # why it stays float; "" while it may be quantized
     members: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def scheme(self) -> Scheme:
-        return self.resolution.scheme or Scheme()
 
     @property
     def integer(self) -> bool:
@@ -76,7 +73,7 @@ def annotate(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
 def _where_asked(view: LayerView, config: QuantConfig, target: Target) -> Decision:
     """A place that a registered module has for a quantizer: by its name it is of the weight, the output or an input."""
     resolution, name = config.resolve(view), view.path.rpartition(".")[2]
-    scheme = resolution.scheme or Scheme()
+    scheme = target.fit(resolution.scheme or Scheme())
     spec = {"weight_quantizer": scheme.weight, "output_quantizer": scheme.output}.get(name, scheme.input)
     if spec is None:
         reason = f"the scheme says nothing of {name}" if resolution.scheme else resolution.because
@@ -103,7 +100,7 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
         for pattern, match in ((p, m) for p, found in index.at(gm, node) for m in itertools.islice(found, 1)):
             if any(n in claimed for n in match.nodes):
                 continue
-            refusal = pattern.check(match) or _not_absorbed(gm, pattern, match, config)
+            refusal = pattern.check(match) or _not_absorbed(gm, pattern, match, config, target)
             if refusal is not None and len(match.nodes) > 1:
                 continue  # a smaller pattern may still fit
             if refusal is not None:
@@ -126,11 +123,13 @@ def _index(patterns: tuple[type[QuantPattern], ...]) -> RuleIndex:
     return RuleIndex(patterns)
 
 
-def _not_absorbed(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig) -> str | None:
+def _not_absorbed(
+    gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config: QuantConfig, target: Target
+) -> str | None:
     """Why the codes of the result do not stop at zero, so that the kernel cannot skip a relu; or None."""
     if "activation" not in match:
         return None
-    scheme = config.resolve(LayerView(gm, match.node(pattern.head))).scheme or Scheme()
+    scheme = target.fit(config.resolve(LayerView(gm, match.node(pattern.head))).scheme or Scheme())
     spec = scheme.output or scheme.input
     return "a symmetric scale has codes below zero" if spec is not None and spec.symmetric else None
 
@@ -150,10 +149,13 @@ def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config
         bound = match.node(name)
         activations += bound if isinstance(bound, (list, tuple)) else [bound]
     kernel, reason = target.kernel_for(pattern.family, match)
+    scheme = target.fit(resolution.scheme or Scheme())
     if kernel is not None:
-        scheme = resolution.scheme
-        reason = resolution.because if scheme is None else refuse(pattern, kernel, scheme, target, match)
-    group = Group(pattern, match, head, match.nodes[0], activations, resolution, kernel, reason)
+        asked = resolution.scheme is not None
+        reason = refuse(pattern, kernel, scheme, target, match) if asked else resolution.because
+        if kernel.inputs is not None:
+            activations = list(kernel.inputs(match))
+    group = Group(pattern, match, head, match.nodes[0], activations, resolution, scheme, kernel, reason)
     group.members = list(match.nodes)
     return group
 
@@ -221,6 +223,8 @@ def _write(group: Group, target: Target) -> None:
             "between": "it stands between integer ops",
             "carry": "it moves codes about without changing them",
         }[kernel.role]
+        if scheme != (group.resolution.scheme or scheme):
+            decision.reason += f"; {target.name} takes zero point 0 only: symmetric where affine was asked for"
         decision.inputs = _inputs(group)
         if kernel.role != "carry" and (kernel.output == "required" or scheme.output is not None):
             decision.output = scheme.output or scheme.input

@@ -39,6 +39,10 @@ def refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target: 
             where=where,
             remedy=f"Leave axis out: the output channels are axis {pattern.weight_axis}.",
         )
+    together = target.refuses(scheme) if pattern.weight else None
+    if together is not None:
+        raise TargetError(f"no kernel of {target.name} takes this scheme: {together}", where=where,
+                          remedy="Change the scheme, or let the rule select other layers.")  # fmt: skip
     if target.weight_formats is None or scheme.weight is None or not pattern.weight:
         return ""
     if scheme.weight.granularity not in target.weight_granularities:

@@ -24,12 +24,16 @@ STEPS = 5
 def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
     """Choose weight scales and codes that no input can saturate. Returns the mean growth of the scale per layer."""
     growth: dict[str, float] = {}
+    guarded: dict[fx.Node, float] = {}  # by the quantizer's call: a weight may have several readers
     for node in gm.graph.nodes:
         decision = decision_of(node)
         if decision is None or decision.action != "quantize" or decision.weight is None or _is_depthwise(gm, node):
             continue
         _, call = quantizer_calls(decision)
         assert call is not None
+        if call in guarded:
+            decision.reason += _words(guarded[call])
+            continue
         quantizer = quantizer_at(gm, call)
         weight = parameter(gm, decision.weight)
         if weight is None or not quantizer.spec.number_format.signed or quantizer.spec.number_format.bits < 8:
@@ -39,10 +43,14 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
         safe_rows, safe_scale = guard_rows(rows, scale.reshape(-1).expand(len(rows)), per_row=bool(quantizer.block))
         quantizer.scale = safe_scale.reshape(scale.shape) if quantizer.block else safe_scale[0]
         _replace(gm, decision.weight, call, from_k(safe_rows, weight.shape))
-        growth[node.name] = (safe_scale / scale.reshape(-1)).mean().item()
-        decision.reason += f"; scale grown {growth[node.name]:.2f}× against int16 saturation"
+        growth[node.name] = guarded[call] = (safe_scale / scale.reshape(-1)).mean().item()
+        decision.reason += _words(growth[node.name])
     gm.recompile()
     return growth
+
+
+def _words(growth: float) -> str:
+    return f"; scale grown {growth:.2f}× against int16 saturation"
 
 
 def guard_rows(rows: Tensor, scale: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,24 @@
 """Targets: what a runtime's kernels accept, as data."""
 
-from . import onnx, onnxruntime, simulation
+import inspect
+
+from graphq.errors import TargetError, did_you_mean
+
+from . import onnx, onnxruntime, simulation, tensorrt
 from .table import TARGETS, Kernel, Target
 
 
 def get_target(target: Target | str, **options: str) -> Target:
-    """A target by name, `get_target("onnxruntime", cpu="avx2")`; raises ConfigError with the nearest names."""
-    return target if isinstance(target, Target) else TARGETS[target](**options)
+    """A target by name, `get_target("onnxruntime", cpu="avx2")`; raises ConfigError with the nearest names,
+    TargetError for options that it does not have."""
+    if isinstance(target, Target):
+        return target
+    known = inspect.signature(TARGETS[target]).parameters
+    for option in options:
+        if option not in known:
+            remedy = did_you_mean(option, known) if known else "It has none."
+            raise TargetError(f"{option!r} is no option of target {target!r}", remedy=remedy)
+    return TARGETS[target](**options)
 
 
-__all__ = ["TARGETS", "Kernel", "Target", "get_target", "onnx", "onnxruntime", "simulation"]
+__all__ = ["TARGETS", "Kernel", "Target", "get_target", "onnx", "onnxruntime", "simulation", "tensorrt"]

@@ -194,4 +194,5 @@ def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> 
         reference=_at_level(lower_to_integer_reference, accuracy_level),
         weight_only=WEIGHT_ONLY,
         options={"cpu": cpu, "accuracy_level": accuracy_level},
+        executor="onnxruntime",
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import fx
 
+from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
 from graphq.errors import TargetError, did_you_mean
 from graphq.graph.match import Match
@@ -29,6 +30,7 @@ class Kernel:
     output: whether the result must be quantized for the kernel to be chosen.
     bias: the form of the bias that the kernel takes.
     when: why this row does not fit a match, or None.
+    inputs: the activations that the kernel wants quantized, where it is not all of them.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Kernel:
     output: Output = "required"
     bias: Bias = "int32"
     when: Callable[[Match], str | None] = lambda m: None
+    inputs: Callable[[Match], Sequence[fx.Node]] | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.role, Role), (self.output, Output), (self.bias, Bias)):
@@ -69,6 +72,9 @@ class Target:
     activation_formats, weight_formats: what its kernels take; None: every format there is, with every granularity.
     weight_granularities: of weights beside quantized inputs.
     options: what it was made with, `get_target(name, **options)` makes it again.
+    symmetric_only: activations have zero point 0 and signed codes; affine specs are taken for their symmetric forms.
+    refuses: why no kernel takes the specs of a scheme together, or None.
+    executor: whose optimizer `verify` and `explain` ask on this machine; "": none, files are taken at their word.
     saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
     """
 
@@ -87,6 +93,15 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
+    symmetric_only: bool = False
+    refuses: Callable[[Scheme], str | None] = lambda scheme: None
+    executor: Literal["onnxruntime", ""] = ""
+
+    def fit(self, scheme: Scheme) -> Scheme:
+        """The scheme as this target takes it."""
+        if not self.symmetric_only:
+            return scheme
+        return scheme.model_copy(update={k: symmetric_form(getattr(scheme, k)) for k in ("input", "output", "cache")})
 
     def kernel_for(self, family: str, match: Match) -> tuple[Kernel | None, str]:
         """The first row that fits this match, or the reason why none does."""
@@ -107,6 +122,13 @@ class Target:
                 return row.name, ""
             reasons.append(refusal)
         return "", "; ".join(reasons)
+
+
+def symmetric_form(spec: QuantSpec | None) -> QuantSpec | None:
+    """An affine spec with signed codes and zero point 0; others stay as they are."""
+    if spec is None or spec.symmetric:
+        return spec
+    return spec.model_copy(update={"symmetric": True, "format": spec.format.removeprefix("u")})
 
 
 TARGETS: Registry[Callable[..., Target]] = Registry("target", "graphq.targets")

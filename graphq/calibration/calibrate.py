@@ -1,0 +1,102 @@
+"""Calibration of one prepared graph, or of several made from one model for several targets, in one run of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from graphq.calibration.runner import run_calibration
+from graphq.calibration.watch import watching
+from graphq.graph.view import parameter
+from graphq.passes.placement import (
+    correct_bias,
+    fit_bias,
+    give_importance,
+    guard_saturation,
+    importance_watchers,
+    mean_products,
+    mean_watchers,
+    shared_magnitudes,
+)
+from graphq.quantizer import TensorQuantizer, quantizers
+
+
+def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
+    """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
+    compute the float model, and a tensor has the same name in each."""
+    statistics = [_Statistics(gm) for gm in graphs]
+    first, *others = statistics
+    try:
+        for s in statistics:
+            s.observe()
+        every = [q for s in statistics for q in s.quantizers.values()]
+        together = not any(q.spec.observer == "moving_average" for q in every)
+        named = {n.name: n for n in first.gm.graph.nodes}
+        seen = [(named[name], w) for s in statistics for name, w in s.watchers()]
+        seen += [(named[name], q) for s in others for name, q in s.activations()]
+        with watching(first.gm, seen):
+            run_calibration(first.gm, data, progress=progress, together=together)
+        for s in statistics:
+            s.freeze()
+    except BaseException:
+        for s in statistics:
+            s.forget()
+        raise
+    for s in statistics:
+        s.fit()
+
+
+class _Statistics:
+    """What calibration gathers for one graph: by its quantizers' observers, and by watchers of its tensors."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.quantizers = gm, quantizers(gm)
+        self.means = mean_watchers(gm) if gm.meta["graphq_config"].bias_correction else {}
+
+    def observe(self) -> None:
+        for q in self.quantizers.values():
+            q.observe()
+        self.importance = importance_watchers(self.gm)
+
+    def watchers(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name of the tensor, module that sees it)."""
+        yield from ((n.name, w) for n, w in self.means.items())
+        yield from ((n.name, w) for (n, _), w in self.importance.items())
+
+    def activations(self) -> Iterator[tuple[str, TensorQuantizer]]:
+        """(name of the tensor, its quantizer), for quantizers that see data."""
+        for node, quantizer in self._calls():
+            if not quantizer.constant:
+                yield str(node.all_input_nodes[0]), quantizer
+
+    def freeze(self) -> None:
+        self.wanted = mean_products(self.gm, self.means) if self.means else {}
+        give_importance(self.gm, self.importance)
+        for node, quantizer in self._calls():
+            if quantizer.constant:
+                tensor = parameter(self.gm, node.all_input_nodes[0])
+                assert tensor is not None
+                quantizer.update(tensor)
+        shared = shared_magnitudes(self.gm)
+        for q in self.quantizers.values():
+            q.freeze(shared.get(q))
+
+    def forget(self) -> None:
+        for q in self.quantizers.values():
+            q.observer, q.state = None, "off"
+
+    def fit(self) -> None:
+        """Make weights and biases what the target's kernels take."""
+        fit_bias(self.gm)
+        if self.gm.meta["graphq_target"].saturates:
+            guard_saturation(self.gm)
+        if self.means:
+            correct_bias(self.gm, self.means, self.wanted)
+
+    def _calls(self) -> Iterator[tuple[fx.Node, TensorQuantizer]]:
+        for node in self.gm.graph.nodes:
+            quantizer = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(quantizer, TensorQuantizer):
+                yield node, quantizer

@@ -1,0 +1,31 @@
+"""Lower a converted graph to the explicit-quantization form of TensorRT.
+
+    linear(x, dequantize(codes [out, in]))     ⇒   matmul(x, dequantize(codesᵀ)) + bias,  or addmm for a matrix x
+
+Quantize and dequantize stay, and are written as the standard's QuantizeLinear and DequantizeLinear. A DequantizeLinear
+stands directly in front of the product: behind a Transpose TensorRT would not see a weight.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from graphq.graph.fork import fork
+from graphq.graph.ops import DEQUANTIZE
+from graphq.graph.optable import family_of
+from graphq.graph.passes import finish
+
+from .onnx_qdq import NAME, linear_to_matmul
+
+
+def lower_to_tensorrt(converted: fx.GraphModule) -> fx.GraphModule:
+    """A new graph that computes the same."""
+    gm = fork(converted)
+    for node in gm.graph.nodes:
+        node.meta["custom"] = {NAME: node.name}
+    for node in list(gm.graph.nodes):
+        if family_of(node.target) == "linear" and node.args[1].target is DEQUANTIZE:
+            linear_to_matmul(gm, node)
+    gm.graph.eliminate_dead_code()
+    finish(gm)
+    return gm

@@ -10,33 +10,38 @@ from graphq.config.spec import QuantSpec
 WEIGHT_INT8 = QuantSpec(format="int8", symmetric=True, granularity="channel", narrow_range=True)
 ACTIVATION_UINT8 = QuantSpec(format="uint8", symmetric=False, granularity="tensor", observer="mse")
 
+ACTIVATION_DYNAMIC = QuantSpec(format="uint8", symmetric=False, granularity="tensor", dynamic=True)
+
 SCHEMES: dict[str, Scheme] = {
     **KNOWN_SCHEMES,
     "int8": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_UINT8),
     "int8_weight_only": Scheme(weight=WEIGHT_INT8),
+    "int8_dynamic": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_DYNAMIC),
     "float": Scheme(),
 }
+
+FLOAT_ATTENTION = (
+    Rule(
+        select="matmul",
+        scheme=None,
+        optional=True,
+        reason="products of two activations lose accuracy; opt in with a rule on 'matmul'",
+    ),
+    Rule(
+        select="attention",
+        scheme=None,
+        optional=True,
+        reason="fused attention has no integer kernel, and its scores and probabilities would lose accuracy",
+    ),
+)
 
 CONFIGS: dict[str, QuantConfig] = {
     **KNOWN_CONFIGS,
     "int8": QuantConfig(
-        name="int8",
-        bias_correction=True,
-        rules=(
-            Rule(select="*", scheme=SCHEMES["int8"]),
-            Rule(
-                select="matmul",
-                scheme=None,
-                optional=True,
-                reason="products of two activations lose accuracy; opt in with a rule on 'matmul'",
-            ),
-            Rule(
-                select="attention",
-                scheme=None,
-                optional=True,
-                reason="fused attention has no integer kernel, and its scores and probabilities would lose accuracy",
-            ),
-        ),
+        name="int8", bias_correction=True, rules=(Rule(select="*", scheme=SCHEMES["int8"]), *FLOAT_ATTENTION)
+    ),
+    "int8_dynamic": QuantConfig(
+        name="int8_dynamic", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic"]), *FLOAT_ATTENTION)
     ),
     "int8_weight_only": QuantConfig(
         name="int8_weight_only", rules=(Rule(select="*", scheme=SCHEMES["int8_weight_only"]),)

@@ -13,6 +13,8 @@ import onnxruntime as ort
 
 from graphq.errors import RuntimeMismatch
 
+PRODUCTS = ("MatMulNBits", "DynamicQuantizeMatMul")
+
 
 def load_model(path: str | Path) -> onnx.ModelProto:
     """Read an ONNX file. Raises RuntimeMismatch if it is missing or damaged."""
@@ -60,9 +62,9 @@ class Taps:
     def __init__(self, path: str | Path, wanted: Iterable[str], *, optimize: bool = True) -> None:
         model = optimized_model(path) if optimize else load_model(path)
         made = {name: node for node in model.graph.node for name in node.output}
-        # result of a product with packed weights → its float input: it is judged on the very values that it got
-        self.packed = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "MatMulNBits"}
-        around = dict.fromkeys(v for pair in self.packed.items() for v in pair)
+        # result of a product with float inputs and integer weights → that input: it is judged on the very values it got
+        self.products = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type in PRODUCTS}
+        around = dict.fromkeys(v for pair in self.products.items() for v in pair)
         self.names = [n for n in dict.fromkeys([*wanted, *around]) if n in made]
         self.kernels = {n: made[n].op_type for n in self.names}
         outputs = {o.name for o in model.graph.output}

@@ -3,8 +3,8 @@
 The simulation is the converted graph lowered to the exact integer arithmetic of the target's kernels.
 
 Op by op: it is interpreted with the runtime's own codes in place of every quantized tensor, so that each op
-sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it (products with packed weights
-are compared as floats, on the runtime's own inputs); the outputs that come of it
+sees the inputs that the runtime's kernel saw, and an error shows at the op that makes it (products with packed weights,
+or with inputs quantized at run time, are compared as floats, on the runtime's own inputs); the outputs that come of it
 judge the float ops behind the last codes. End to end: the simulation and a default session run freely, and their
 outputs are compared. Where float ops stand between the integer kernels, their last bits turn codes at rounding ties,
 and every turned code moves all that follows; so that figure is to be read beside the floor (how far the runtime is from
@@ -29,11 +29,13 @@ from graphq.errors import CalibrationError, RuntimeMismatch
 from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.integer_ops import name_in_file
 from graphq.graph.nbits_ops import MATMUL_NBITS
 from graphq.graph.ops import QUANTIZE
 from graphq.numerics.affine import sqnr
 
+PRODUCTS = (MATMUL_NBITS, DYNAMIC_QGEMM)  # with float inputs and results
 AGREES = 60.0  # dB; float32 ops in another order are above 90, a wrong op is below 40
 
 
@@ -54,7 +56,8 @@ class TensorCheck:
 
 @dataclass
 class ProductCheck:
-    """One product with packed weights, over all the data: the simulated kernel against the runtime's, on its inputs."""
+    """One product with float inputs (packed weights, or inputs quantized in the kernel), over all the data: the
+    simulated kernel against the runtime's, on its inputs."""
 
     name: str
     signal: float = 0.0
@@ -126,7 +129,7 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     model = load_model(path)
     target = converted.meta["graphq_target"]
     simulation, optimize = target.reference(converted), bool(target.executor)
-    quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE]
+    quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE and not _at_run_time(n)]
     present = {name for node in model.graph.node for name in node.output}
     if quantized and not present.intersection(quantized):
         raise RuntimeMismatch(
@@ -137,9 +140,9 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     taps = Taps(path, quantized, optimize=optimize)
     default, plain = session(path, optimize=optimize), session(path, optimize=False)
     checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names if name in quantized}
-    simulated = {name_in_file(n) for n in simulation.graph.nodes if n.target is MATMUL_NBITS}
+    simulated = {name_in_file(n) for n in simulation.graph.nodes if n.target in PRODUCTS}
     simulated |= set(taps.outputs)
-    products = {name: ProductCheck(name) for name in taps.packed if name in simulated}
+    products = {name: ProductCheck(name) for name in taps.products if name in simulated}
     result = Verification(list(checks.values()), list(products.values()), [n for n in quantized if n not in checks])
     kernels = SimulatedKernels(simulation, taps)
     inputs_of_file = [i.name for i in default.get_inputs()]
@@ -168,6 +171,12 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     return result
 
 
+def _at_run_time(quantize: fx.Node) -> bool:
+    """Is the scale found anew at every call, inside the kernel that reads the codes?"""
+    scale = quantize.args[1]
+    return isinstance(scale, fx.Node) and scale.op != "get_attr"
+
+
 def _worst(reference: list[list[Tensor]], other: list[list[Tensor]]) -> float:
     """The lowest SQNR (dB) over the outputs, each taken over all batches."""
     pairs = [
@@ -190,12 +199,12 @@ class _Forced(fx.Interpreter):
         products: dict[str, ProductCheck],
     ) -> None:
         super().__init__(gm)
-        self.packed, self.codes, self.checks, self.products = taps.packed, codes, checks, products
+        self.sources, self.codes, self.checks, self.products = taps.products, codes, checks, products
         self.outputs_of = dict(zip(output_nodes(gm), taps.outputs, strict=False))
 
     def run_node(self, n: fx.Node) -> Any:
         name = self.outputs_of.get(n) or name_in_file(n)
-        if n.target is MATMUL_NBITS and name in self.products:
+        if n.target in PRODUCTS and name in self.products:
             return self._product(n, self.products[name])
         value = super().run_node(n)
         if name not in self.checks:
@@ -210,11 +219,12 @@ class _Forced(fx.Interpreter):
 
     def _product(self, n: fx.Node, check: ProductCheck) -> Tensor:
         (x, *rest), _ = self.fetch_args_kwargs_from_env(n)
-        source = self.packed[check.name]
+        source = self.sources[check.name]
         x = torch.from_numpy(self.codes[source]) if source in self.codes else x
         given = torch.from_numpy(self.codes[check.name])
         check.signal += given.double().square().sum().item()
-        check.noise += (MATMUL_NBITS(x, *rest).double() - given.double()).square().sum().item()
+        computed: Tensor = n.target(x, *rest)  # type: ignore[operator]
+        check.noise += (computed.double() - given.double()).square().sum().item()
         return given
 
 

@@ -1,4 +1,5 @@
-"""ONNX Runtime's own operators (domain com.microsoft) for packed weights: MatMulNBits and GatherBlockQuantized."""
+"""ONNX Runtime's own operators (domain com.microsoft): MatMulNBits and GatherBlockQuantized for packed weights,
+DynamicQuantizeMatMul for inputs that are quantized at run time."""
 
 from __future__ import annotations
 
@@ -8,16 +9,19 @@ from onnx.defs import OpSchema, has, register_schema
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
 
 DOMAIN = "com.microsoft"
 ATTRIBUTES = {
     "MatMulNBits": ("K", "N", "bits", "block_size", "accuracy_level"),
     "GatherBlockQuantized": ("bits", "block_size", "gather_axis", "quantize_axis"),
+    "DynamicQuantizeMatMul": (),
 }
 INPUTS = {
     "MatMulNBits": ("A", "B", "scales", "zero_points", "g_idx", "bias"),
     "GatherBlockQuantized": ("data", "indices", "scales", "zero_points"),
+    "DynamicQuantizeMatMul": ("A", "B", "b_scale", "b_zero_point", "bias"),
 }
 REQUIRED = 3  # of these inputs
 
@@ -26,7 +30,7 @@ def _schema(name: str) -> OpSchema:
     """What onnxscript wants to know of an op before it writes one."""
     optional = OpSchema.FormalParameterOption.Optional
     single = OpSchema.FormalParameterOption.Single
-    types = ["tensor(float)", "tensor(uint8)", "tensor(int64)", "tensor(int32)"]
+    types = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int64)", "tensor(int32)"]
     inputs = [
         OpSchema.FormalParameter(n, f"T{i}", param_option=single if i < REQUIRED else optional)
         for i, n in enumerate(INPUTS[name])
@@ -61,4 +65,13 @@ def _gather_nbits(packed, ids, scale, zero_point, k, bits, block_size):  # type:
     return _contrib.GatherBlockQuantized(*inputs, **attributes)
 
 
-TRANSLATIONS: dict[Any, Any] = {MATMUL_NBITS: _matmul_nbits, GATHER_NBITS: _gather_nbits}
+def _dynamic_qgemm(x, w, w_scale, w_zero, bias):  # type: ignore[no-untyped-def]
+    inputs = (x, w, w_scale, w_zero) if bias is None else (x, w, w_scale, w_zero, bias)
+    return _contrib.DynamicQuantizeMatMul(*inputs)
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    MATMUL_NBITS: _matmul_nbits,
+    GATHER_NBITS: _gather_nbits,
+    DYNAMIC_QGEMM: _dynamic_qgemm,
+}

@@ -24,6 +24,7 @@ from graphq.graph.ops import DEQUANTIZE, QUANTIZE
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView
 
+from .dynamic import lower_dynamic
 from .onnx_qdq import product_name
 from .weight_only import lower_weight_only
 
@@ -32,6 +33,7 @@ def lower_to_integer_reference(converted: fx.GraphModule, accuracy_level: int = 
     """A new graph; quantized tensors keep the names of their quantize nodes."""
     gm = fork(converted)
     lower_weight_only(gm, accuracy_level)
+    lower_dynamic(gm)
     for node in list(gm.graph.nodes):
         decision = decision_of(node)
         if decision is None or decision.action != "quantize":

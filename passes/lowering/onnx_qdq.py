@@ -24,6 +24,7 @@ from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter, value_of
 
+from .dynamic import lower_dynamic
 from .weight_only import lower_weight_only
 
 aten = torch.ops.aten
@@ -36,6 +37,7 @@ def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: node.name}
     lower_weight_only(gm, accuracy_level)
+    lower_dynamic(gm)
     for node in list(gm.graph.nodes):
         family, args = family_of(node.target), _args(node)
         if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:

@@ -107,6 +107,8 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
                 refusals.append(refusal)
                 continue
             group = _group(gm, pattern, match, config, target)
+            if group.kernel is None and len(match.nodes) > 1:
+                continue
             claimed |= set(group.members)
             groups.append(group)
             break
@@ -148,8 +150,9 @@ def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config
     for name in pattern.activations:
         bound = match.node(name)
         activations += bound if isinstance(bound, (list, tuple)) else [bound]
-    kernel, reason = target.kernel_for(pattern.family, match)
     scheme = target.fit(resolution.scheme or Scheme())
+    dynamic = scheme.input is not None and bool(scheme.input.dynamic)
+    kernel, reason = target.kernel_for(pattern.family, match, dynamic=dynamic)
     if kernel is not None:
         asked = resolution.scheme is not None
         reason = refuse(pattern, kernel, scheme, target, match) if asked else resolution.because

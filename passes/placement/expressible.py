@@ -92,7 +92,14 @@ def check_activation(spec: QuantSpec, target: Target, where: str) -> None:
     if target.activation_formats is None:
         return
     if spec.dynamic:
-        raise TargetError("dynamic activations are not placed for this target", where=where, remedy="dynamic: false.")
+        formats = sorted(target.dynamic_formats)
+        if spec.dynamic is True and spec.format in formats and not spec.symmetric and spec.granularity == "tensor":
+            return
+        raise TargetError(
+            f"{target.name} has no kernels that find scales at run time for {spec}",
+            where=where,
+            remedy=f"Use {' or '.join(formats)}, affine, with granularity 'tensor'." if formats else "dynamic: false.",
+        )
     if spec.format not in target.activation_formats:
         known = ", ".join(sorted(target.activation_formats))
         raise TargetError(f"{target.name} has no kernels for {spec.format} activations", where=where,

@@ -112,6 +112,8 @@ KERNELS = {
     "resize": [Kernel("Resize", "carry", when=nearest)],
 }
 
+DYNAMIC = {"linear": [Kernel("DynamicQuantizeMatMul", "compute", output="optional", bias="float")]}
+
 FLOAT_REASONS = {
     "conv_transpose": "ONNX Runtime's CPU has no integer kernel for ConvTranspose",
     "layer_norm": "ONNX Runtime's CPU has no integer kernel for LayerNormalization",
@@ -193,6 +195,8 @@ def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> 
         lowering=_at_level(lower_to_onnx_qdq, accuracy_level),
         reference=_at_level(lower_to_integer_reference, accuracy_level),
         weight_only=WEIGHT_ONLY,
+        dynamic=DYNAMIC,
+        dynamic_formats=frozenset({"uint8"}),
         options={"cpu": cpu, "accuracy_level": accuracy_level},
         executor="onnxruntime",
     )

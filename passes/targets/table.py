@@ -65,6 +65,8 @@ class Target:
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
     weight_only: family → rows, the first that fits counts; where none does, the weight is dequantized in the model.
+    dynamic, dynamic_formats: rows for inputs whose scale is found at run time, and formats of such inputs: affine, with
+        one scale for the tensor.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
@@ -90,6 +92,8 @@ class Target:
     reference: Callable[[fx.GraphModule], fx.GraphModule]
     weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
     weight_only: Mapping[str, Sequence[PackedKernel]] = field(default_factory=dict)
+    dynamic: Mapping[str, Sequence[Kernel]] = field(default_factory=dict)
+    dynamic_formats: frozenset[str] = frozenset()
     options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
@@ -103,10 +107,13 @@ class Target:
             return scheme
         return scheme.model_copy(update={k: symmetric_form(getattr(scheme, k)) for k in ("input", "output", "cache")})
 
-    def kernel_for(self, family: str, match: Match) -> tuple[Kernel | None, str]:
-        """The first row that fits this match, or the reason why none does."""
+    def kernel_for(self, family: str, match: Match, *, dynamic: bool = False) -> tuple[Kernel | None, str]:
+        """The first row that fits this match, or the reason why none does. dynamic: scales are found at run time."""
         reason = self.float_reasons.get(family, f"{self.name} has no integer kernel for {family}")
-        for row in self.kernels.get(family, ()):
+        rows = self.kernels
+        if dynamic and self.activation_formats is not None:
+            rows, reason = self.dynamic, f"{self.name} has no kernel for {family} that finds scales at run time"
+        for row in rows.get(family, ()):
             refusal = row.when(match)
             if refusal is None:
                 return row, ""

@@ -136,7 +136,7 @@ def test_a_weight_only_file_computes_what_was_simulated(tmp_path):
     [
         ({"format": "uint16"}, "no kernels for uint16"),
         ({"granularity": "channel", "axis": 1}, "scale per channel on activations"),
-        ({"dynamic": True}, "dynamic"),
+        ({"dynamic": True, "granularity": "token"}, "find scales at run time"),
         ({"format": "int8", "narrow_range": True}, "saturates to the whole format"),
     ],
 )

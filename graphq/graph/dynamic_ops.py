@@ -1,0 +1,45 @@
+"""The product whose inputs are quantized at run time, as ONNX Runtime computes it.
+
+    dynamic_qgemm(x, w, w_scale, w_zero, bias)     DynamicQuantizeMatMul
+
+x: float32 […, in], rounded to uint8 with the scale and zero point of DynamicQuantizeLinear, one of each for the whole
+tensor; w: int8 or uint8 codes [in, out]; w_scale: float32 [] or [out]; w_zero: codes' dtype, of the same shape; bias:
+float32 [out]. The result is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphq.graph.integer_ops import exact_dtype
+
+
+def dynamic_uint8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes less their zero point, as floats; scale; zero point) as ONNX's DynamicQuantizeLinear finds them, in
+    float32."""
+    lo, hi = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (hi - lo) / 255
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.round((-lo / scale).clamp(0, 255))
+    return torch.round((x / scale).clamp(-zero, 255 - zero)), scale, zero
+
+
+@torch.library.custom_op("graphq::dynamic_qgemm", mutates_args=())
+def dynamic_qgemm(x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], w.shape[1])
+    centered, scale, _ = dynamic_uint8(x)
+    codes = (w.to(torch.int32) - w_zero.to(torch.int32)).t()
+    dtype = exact_dtype(codes)
+    total = torch.nn.functional.linear(centered.to(dtype), codes.to(dtype))
+    result = total.float() * (scale * w_scale)
+    return result if bias is None else result + bias
+
+
+@dynamic_qgemm.register_fake
+def _(x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w.shape[1])
+
+
+DYNAMIC_QGEMM = torch.ops.graphq.dynamic_qgemm.default

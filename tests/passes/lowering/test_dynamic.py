@@ -1,0 +1,92 @@
+"""Inputs quantized at run time: the kernel's arithmetic bit for bit, placement, and what has no such kernel."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from torch import nn
+
+import graphq
+import zoo
+from graphq.errors import TargetError
+from graphq.graph.dynamic_ops import dynamic_uint8
+from graphq.lint import lint
+
+
+@pytest.fixture(scope="module")
+def dynamic_quantize_linear():
+    node = helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero"])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])
+    kinds = {"codes": TensorProto.UINT8, "scale": TensorProto.FLOAT, "zero": TensorProto.UINT8}
+    outputs = [helper.make_tensor_value_info(n, k, None) for n, k in kinds.items()]
+    model = helper.make_model(helper.make_graph([node], "g", [x], outputs), ir_version=8)
+    model.opset_import[0].version = 13
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31), low=st.floats(-8, 8), width=st.sampled_from([0.0, 1e-6, 1.0, 700.0]))
+def test_scale_zero_point_and_codes_are_those_of_onnx_runtime(dynamic_quantize_linear, seed, low, width):
+    x = (np.random.default_rng(seed).random(51) * width + low).astype(np.float32)
+    codes, scale, zero = dynamic_quantize_linear.run(None, {"x": x})
+    ours, our_scale, our_zero = dynamic_uint8(torch.from_numpy(x))
+    assert our_scale.item() == scale and our_zero.item() == zero
+    assert np.array_equal((ours + our_zero).numpy(), codes.astype(np.float32))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24)])
+def test_a_product_is_the_runtimes_bit_for_bit(bias, shape, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 33, bias=bias), nn.ReLU(), nn.Linear(33, 7, bias=bias)).eval()
+    data = [torch.randn(shape) * 3 for _ in range(4)]
+    quantized = graphq.quantize(model, "int8_dynamic", data, progress=False)
+    path = graphq.export(quantized, tmp_path / "m.onnx")
+    result = graphq.verify(quantized, path, data)
+    assert len(result.products) == 2 and all(p.noise == 0 for p in result.products)
+    explanation = graphq.explain(quantized, path)
+    assert explanation.kernels()["DynamicQuantizeMatMul"] == 2 and not explanation.disagreements
+
+
+def test_minilm_runs_all_its_linears_on_the_dynamic_kernel(tmp_path):
+    data = [zoo.sentences(2, i, length=32) for i in range(2)]
+    model = zoo.minilm()
+    quantized = graphq.quantize(model, "int8_dynamic", data, dynamic_shapes="batch+sequence", progress=False)
+    path = graphq.export(quantized, tmp_path / "m.onnx")
+    explanation = graphq.explain(quantized, path)
+    linears = [r for r in explanation.rows if r.op == "linear"]
+    assert linears and {r.found for r in linears} == {"DynamicQuantizeMatMul"} and not explanation.disagreements
+    assert graphq.verify(quantized, path, data[:1]).agrees
+    assert graphq.compare(model, quantized, data, per_op=False).sqnr > 14
+
+
+def test_other_ops_stay_float_and_say_why():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
+    prepared = graphq.prepare(model, "int8_dynamic", (torch.randn(2, 3, 4, 4),))
+    conv = next(r for r in graphq.explain(prepared).rows if r.op.startswith("conv2d"))
+    assert conv.action == "float" and "finds scales at run time" in conv.reason
+
+
+@pytest.mark.parametrize("change", [{"granularity": "token"}, {"format": "int8"}, {"symmetric": True}])
+def test_scales_that_the_kernel_does_not_find_are_refused(change):
+    spec = graphq.QuantSpec(**{"format": "uint8", "symmetric": False, "dynamic": True} | change)
+    scheme = graphq.Scheme(weight=graphq.QuantSpec(granularity="channel"), input=spec)
+    config = graphq.QuantConfig(rules=(graphq.Rule(select="*", scheme=scheme),))
+    with pytest.raises(TargetError, match="no kernels that find scales at run time"):
+        graphq.prepare(nn.Linear(8, 8), config, (torch.randn(2, 8),))
+
+
+def test_weights_are_guarded_where_the_kernel_saturates(tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Linear(64, 16).eval(), [torch.rand(8, 64)]
+    place = graphq.get_target("onnxruntime", cpu="avx2")
+    quantized = graphq.quantize(model, "int8_dynamic", data, target=place, progress=False)
+    path = graphq.export(quantized, tmp_path / "m.onnx")
+    assert not lint(onnx.load(path), saturates=True)
+    weight = next(onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer if i.data_type == 3)
+    pairs = weight.astype(int).reshape(32, 2, 16)
+    assert (np.clip(pairs, 0, None).sum(1) <= 128).all() and (np.clip(-pairs, 0, None).sum(1) <= 128).all()

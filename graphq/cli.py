@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +20,7 @@ from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
-from graphq.errors import ExportError, GraphqError
+from graphq.errors import ExportError, GraphqError, TargetError
 from graphq.evaluate.compare import Comparison, OutputMetrics
 from graphq.evaluate.compare import compare as compare_graphs
 from graphq.evaluate.latency import measure, random_feed
@@ -46,6 +48,10 @@ ConfigOption = Annotated[str, typer.Option("--config", help="A preset, or a .yam
 TargetOption = Annotated[str, typer.Option(help="The runtime to place quantizers for")]
 TargetsOption = Annotated[
     list[str], typer.Option("--target", help="The runtime to place quantizers for; may be repeated")
+]
+OptionOption = Annotated[
+    list[str],
+    typer.Option("--option", help="Of the target, key=value: form=qoperator, accuracy_level=0; may be repeated"),
 ]
 CpuOption = Annotated[str, typer.Option(help="auto (this machine), avx2, vnni or arm")]
 DynamicOption = Annotated[str, typer.Option(help="batch, batch+sequence, or none")]
@@ -78,6 +84,7 @@ def quantize(
     config: ConfigOption = "int8",
     target: TargetsOption = ["onnxruntime"],  # noqa: B006  (typer copies it)
     cpu: CpuOption = "auto",
+    option: OptionOption = [],  # noqa: B006
     dynamic: DynamicOption = "batch",
     samples: SamplesOption = 64,
     float_onnx: Annotated[Path | None, typer.Option(help="Also write the float model here")] = None,
@@ -89,7 +96,7 @@ def quantize(
 
     Several targets share one calibration; model.onnx becomes model.onnxruntime.onnx, model.tensorrt.onnx, …
     """
-    settings, places = QuantConfig.load(config), [_target(t, cpu) for t in target]
+    settings, places = QuantConfig.load(config), [_target(t, cpu, option) for t in target]
     for path in filter(None, (output, float_onnx, html)):
         if not path.parent.is_dir():
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
@@ -123,8 +130,12 @@ def quantize(
         raise typer.Exit(1)
 
 
-def _target(name: str, cpu: str) -> Target:
-    return get_target(name) if cpu == "auto" else get_target(name, cpu=cpu)
+def _target(name: str, cpu: str, options: Sequence[str] = ()) -> Target:
+    given = dict(o.split("=", 1) for o in options if "=" in o)
+    if len(given) < len(options):
+        raise TargetError("an option of a target is written key=value", remedy="--option form=qoperator")
+    parsed = {key: yaml.safe_load(value) for key, value in given.items()}
+    return get_target(name, **(parsed if cpu == "auto" else {**parsed, "cpu": cpu}))
 
 
 def _summary(kernels: dict[str, int], quality: Comparison, target: Target) -> Table:

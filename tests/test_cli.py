@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
 import zoo
 from graphq.cli import app
+from graphq.errors import TargetError
 
 FOLDER = zoo.__file__.rpartition("/")[0]
 
@@ -53,6 +55,19 @@ def test_a_text_encoder_from_a_transformers_folder(run, tmp_path):
     result = run("quantize", f"hf:{folder}", "--calibration", tmp_path / "lines.txt", "-o", tmp_path / "m.onnx",
                  "--dynamic", "batch+sequence", "--json")  # fmt: skip
     assert last_json(result.stdout)["kernels"]["MatMulIntegerToFloat"] == 36
+
+
+def test_several_targets_and_options_of_one(run, tmp_path):
+    np.savez(tmp_path / "data.npz", zoo.photo_crops(4, seed=0).numpy())
+    common = ("quantize", "zoo:efficientnet_lite0", "--calibration", tmp_path / "data.npz", "-o", tmp_path / "m.onnx")
+    both = run(*common, "--target", "onnxruntime", "--target", "tensorrt")
+    assert both.exit_code == 0 and "predicted for tensorrt" in both.stdout
+    assert {p.name for p in tmp_path.glob("*.onnx")} == {"m.onnxruntime.onnx", "m.tensorrt.onnx"}
+    integers = run(*common, "--option", "form=qoperator", "--json")
+    assert last_json(integers.stdout)["kernels"]["QLinearConv"] == 49
+    assert "QLinearConv" in {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}
+    with pytest.raises(TargetError, match="key=value"):
+        run(*common, "--option", "qoperator")
 
 
 def test_presets_and_schema(run):

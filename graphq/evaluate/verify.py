@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError, RuntimeMismatch
+from graphq.evaluate.blame import cause
 from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of
@@ -41,13 +42,14 @@ AGREES = 60.0  # dB; float32 ops in another order are above 90, a wrong op is be
 
 @dataclass
 class TensorCheck:
-    """One quantized tensor, over all the data: elements seen, how many codes differ, and by how much at most."""
+    """One quantized tensor, over all the data: elements seen, how many codes differ, by how much at most, and why."""
 
     name: str
     kernel: str
     elements: int = 0
     differ: int = 0
     largest: int = 0
+    cause: str = ""
 
     @property
     def share_equal(self) -> float:
@@ -117,6 +119,7 @@ class Verification:
             "agrees": self.agrees,
             "floor_sqnr_db": self.floor_sqnr,
             "first_diverging": first.name if first else None,
+            "cause": first.cause if first else None,
             "same_as_default_session": self.same_as_default_session,
         }
 
@@ -214,16 +217,19 @@ class _Forced(fx.Interpreter):
         check = self.checks[name]
         check.elements += apart.numel()
         check.differ += int((apart > 0).sum())
-        check.largest = max(check.largest, int(apart.max()) if apart.numel() else 0)
+        furthest = int(apart.max()) if apart.numel() else 0
+        if furthest > check.largest:
+            check.largest = furthest
+            check.cause = cause(n, *self.fetch_args_kwargs_from_env(n), given, apart)
         return given if given.dtype == value.dtype else value
 
     def _product(self, n: fx.Node, check: ProductCheck) -> Tensor:
-        (x, *rest), _ = self.fetch_args_kwargs_from_env(n)
+        (x, *rest), options = self.fetch_args_kwargs_from_env(n)
         source = self.sources[check.name]
         x = torch.from_numpy(self.codes[source]) if source in self.codes else x
         given = torch.from_numpy(self.codes[check.name])
         check.signal += given.double().square().sum().item()
-        computed: Tensor = n.target(x, *rest)  # type: ignore[operator]
+        computed: Tensor = n.target(x, *rest, **options)  # type: ignore[operator]
         check.noise += (computed.double() - given.double()).square().sum().item()
         return given
 

@@ -1,15 +1,18 @@
 """ONNX Runtime's own operators (domain com.microsoft): MatMulNBits and GatherBlockQuantized for packed weights,
-DynamicQuantizeMatMul for inputs that are quantized at run time."""
+DynamicQuantizeMatMul for inputs that are quantized at run time, and with ONNX's QLinearConv the integer kernels of
+models in QOperator form."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 from onnx.defs import OpSchema, has, register_schema
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
 
 DOMAIN = "com.microsoft"
@@ -17,12 +20,21 @@ ATTRIBUTES = {
     "MatMulNBits": ("K", "N", "bits", "block_size", "accuracy_level"),
     "GatherBlockQuantized": ("bits", "block_size", "gather_axis", "quantize_axis"),
     "DynamicQuantizeMatMul": (),
+    "QGemm": ("transB",),
+    "MatMulIntegerToFloat": (),
+    "QLinearAdd": (),
+    "QLinearGlobalAveragePool": ("channels_last",),
 }
 INPUTS = {
     "MatMulNBits": ("A", "B", "scales", "zero_points", "g_idx", "bias"),
     "GatherBlockQuantized": ("data", "indices", "scales", "zero_points"),
     "DynamicQuantizeMatMul": ("A", "B", "b_scale", "b_zero_point", "bias"),
+    "QGemm": ("A", "a_scale", "a_zero_point", "B", "b_scale", "b_zero_point", "C", "y_scale", "y_zero_point"),
+    "MatMulIntegerToFloat": ("A", "B", "a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias"),
+    "QLinearAdd": ("A", "A_scale", "A_zero_point", "B", "B_scale", "B_zero_point", "C_scale", "C_zero_point"),
+    "QLinearGlobalAveragePool": ("X", "x_scale", "x_zero_point", "y_scale", "y_zero_point"),
 }
+CODES = ("QGemm", "QLinearAdd", "QLinearGlobalAveragePool")  # may be results of these
 REQUIRED = 3  # of these inputs
 
 
@@ -31,6 +43,7 @@ def _schema(name: str) -> OpSchema:
     optional = OpSchema.FormalParameterOption.Optional
     single = OpSchema.FormalParameterOption.Single
     types = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int64)", "tensor(int32)"]
+    results = types if name in CODES else ["tensor(float)"]
     inputs = [
         OpSchema.FormalParameter(n, f"T{i}", param_option=single if i < REQUIRED else optional)
         for i, n in enumerate(INPUTS[name])
@@ -39,7 +52,7 @@ def _schema(name: str) -> OpSchema:
         name, DOMAIN, 1,
         inputs=inputs,
         outputs=[OpSchema.FormalParameter("Y", "TY")],
-        type_constraints=[*((f"T{i}", types, "") for i in range(len(inputs))), ("TY", ["tensor(float)"], "")],
+        type_constraints=[*((f"T{i}", types, "") for i in range(len(inputs))), ("TY", results, "")],
         attributes=[OpSchema.Attribute(a, OpSchema.AttrType.INT, "", required=True) for a in ATTRIBUTES[name]],
     )  # fmt: skip
 
@@ -65,13 +78,72 @@ def _gather_nbits(packed, ids, scale, zero_point, k, bits, block_size):  # type:
     return _contrib.GatherBlockQuantized(*inputs, **attributes)
 
 
-def _dynamic_qgemm(x, w, w_scale, w_zero, bias):  # type: ignore[no-untyped-def]
+def _dynamic_qgemm(x, w, w_scale, w_zero, bias, saturating=False):  # type: ignore[no-untyped-def]
     inputs = (x, w, w_scale, w_zero) if bias is None else (x, w, w_scale, w_zero, bias)
     return _contrib.DynamicQuantizeMatMul(*inputs)
+
+
+def _qconv(  # type: ignore[no-untyped-def]
+    x, xs, xz, w, ws, wz, bias, ys, yz, format, stride, padding, dilation, groups, outer_padding, saturating=False
+):
+    before = [p + o for p, o in zip(padding, _ends(outer_padding, 0, len(padding)), strict=True)]
+    after = [p + o for p, o in zip(padding, _ends(outer_padding, 1, len(padding)), strict=True)]
+    inputs = [x, xs, xz, w, ws, wz, ys, yz] + ([] if bias is None else [bias])
+    shape = {"strides": list(stride), "pads": [*before, *after], "dilations": list(dilation)}
+    return op.QLinearConv(*inputs, group=groups, **shape)  # type: ignore[arg-type]
+
+
+def _ends(outer: list[int], end: int, rank: int) -> list[int]:
+    """torch's padding (last axis first, both ends of it) at one end, first axis first."""
+    given = list(reversed(outer[end::2]))
+    return [0] * (rank - len(given)) + given
+
+
+def _qgemm(x, xs, xz, w, ws, wz, bias, ys, yz, format, saturating=False):  # type: ignore[no-untyped-def]
+    if ys is None and bias is None:
+        return _contrib.MatMulIntegerToFloat(x, op.Transpose(w, perm=[1, 0]), xs, ws, xz, wz)
+    result = [] if ys is None else [ys, yz]
+    if len(x.shape) == 2:
+        return _contrib.QGemm(x, xs, xz, w, ws, wz, bias, *result, transB=1)
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, w.shape[1]]))  # type: ignore[arg-type]
+    product = _contrib.QGemm(rows, xs, xz, w, ws, wz, bias, *result, transB=1)
+    sizes = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[w.shape[0]]), axis=0)  # type: ignore[type-var]
+    return op.Reshape(product, sizes)  # type: ignore[arg-type]
+
+
+def _qmatmul(x, xs, xz, y, ys, yz):  # type: ignore[no-untyped-def]
+    return _contrib.MatMulIntegerToFloat(x, y, xs, ys, xz, yz)
+
+
+def _qadd(a, a_scale, a_zero, b, b_scale, b_zero, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearAdd(a, a_scale, a_zero, b, b_scale, b_zero, ys, yz)
+
+
+def _qaverage_pool(x, xs, xz, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearGlobalAveragePool(x, xs, xz, ys, yz, channels_last=0)
+
+
+def type_results(model: ir.Model) -> None:
+    """Write down, in place, the types that ONNX cannot infer: codes have that of the result's zero point."""
+    for node in model.graph:
+        result = node.outputs[0]
+        if result.type is not None:
+            continue
+        source = node.inputs[0]
+        if node.domain == DOMAIN:
+            whole = node.op_type in CODES and len(node.inputs) == len(INPUTS[node.op_type])
+            source = node.inputs[-1] if whole else None
+        dtype = source.dtype if source is not None else ir.DataType.FLOAT
+        result.type = ir.TensorType(dtype or ir.DataType.FLOAT)
 
 
 TRANSLATIONS: dict[Any, Any] = {
     MATMUL_NBITS: _matmul_nbits,
     GATHER_NBITS: _gather_nbits,
     DYNAMIC_QGEMM: _dynamic_qgemm,
+    QCONV: _qconv,
+    QGEMM: _qgemm,
+    QMATMUL: _qmatmul,
+    QADD: _qadd,
+    QAVERAGE_POOL: _qaverage_pool,
 }

@@ -74,6 +74,7 @@ def export_onnx(
     )
     if standard.DOMAIN in model.opset_imports:
         standard.write_standard(model, OPSET)
+    contrib.type_results(model)
     model.metadata_props.update(metadata)
     size = sum(i.const_value.nbytes for i in model.graph.initializers.values() if i.const_value is not None)
     try:

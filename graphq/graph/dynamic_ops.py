@@ -4,7 +4,7 @@
 
 x: float32 […, in], rounded to uint8 with the scale and zero point of DynamicQuantizeLinear, one of each for the whole
 tensor; w: int8 or uint8 codes [in, out]; w_scale: float32 [] or [out]; w_zero: codes' dtype, of the same shape; bias:
-float32 [out]. The result is float32.
+float32 [out]. The result is float32. saturating: see `graphq.graph.integer_ops`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphq.graph.integer_ops import exact_dtype
+from graphq.numerics.pairs import lost_to_int16
 
 
 def dynamic_uint8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,19 +27,24 @@ def dynamic_uint8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("graphq::dynamic_qgemm", mutates_args=())
-def dynamic_qgemm(x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None) -> Tensor:
+def dynamic_qgemm(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None, saturating: bool = False
+) -> Tensor:
     if not x.numel():
         return x.new_zeros(*x.shape[:-1], w.shape[1])
-    centered, scale, _ = dynamic_uint8(x)
+    centered, scale, zero = dynamic_uint8(x)
     codes = (w.to(torch.int32) - w_zero.to(torch.int32)).t()
     dtype = exact_dtype(codes)
     total = torch.nn.functional.linear(centered.to(dtype), codes.to(dtype))
+    if saturating and w.dtype == torch.int8:
+        loss = lost_to_int16((centered + zero).flatten(0, -2).to(dtype), w.t().to(dtype))
+        total = total.double() + loss.reshape(total.shape)
     result = total.float() * (scale * w_scale)
     return result if bias is None else result + bias
 
 
 @dynamic_qgemm.register_fake
-def _(x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor, bias: Tensor | None, saturating: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], w.shape[1])
 
 

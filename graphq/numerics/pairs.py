@@ -27,6 +27,21 @@ def pairs_of(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, [0, rows.shape[1] % 2]).unflatten(1, (-1, 2))
 
 
+def lost_to_int16(x: Tensor, rows: Tensor) -> Tensor:
+    """What x · rowsᵀ loses where the int16 sums of pairs saturate [n, out], float64.
+
+    x: unsigned codes [n, K], rows: signed codes [out, K], both as floats, without their zero points taken off.
+    """
+    loss = torch.zeros(len(x), len(rows), dtype=torch.float64, device=x.device)
+    unsafe = heaviest_side(rows) > PAIR_LIMIT
+    inputs, pairs = pairs_of(x), pairs_of(rows)
+    for p in unsafe.any(0).nonzero().flatten().tolist():
+        out = unsafe[:, p].nonzero().flatten()
+        sums = inputs[:, p] @ pairs[out, p].T
+        loss[:, out] += (sums.clamp(-(2**15), 2**15 - 1) - sums).double()
+    return loss
+
+
 def heaviest_side(rows: Tensor) -> Tensor:
     """Of every pair the sum of its parts of one sign, the larger one [out, ⌈K / 2⌉]; safe up to PAIR_LIMIT."""
     pairs = pairs_of(rows)

@@ -63,7 +63,7 @@ def verification_line(v: Verification) -> str:
     first = v.first_diverging
     head = "verified" if v.agrees else "DIVERGES"
     if first is not None:
-        head += f" first at {first.name} ({first.kernel}, {first.largest} LSB)"
+        head += f" first at {first.name} ({first.kernel}, {first.largest} LSB: {first.cause})"
     parts = []
     if v.tensors or not v.products:
         parts.append(

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphq.graph.decision import Decision, decision_of
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.fork import fork
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE
@@ -29,8 +30,11 @@ from .onnx_qdq import product_name
 from .weight_only import lower_weight_only
 
 
-def lower_to_integer_reference(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
-    """A new graph; quantized tensors keep the names of their quantize nodes."""
+def lower_to_integer_reference(
+    converted: fx.GraphModule, accuracy_level: int = 0, saturating: bool = False
+) -> fx.GraphModule:
+    """A new graph; quantized tensors keep the names of their quantize nodes. saturating: with the int16 sums of x86
+    without VNNI."""
     gm = fork(converted)
     lower_weight_only(gm, accuracy_level)
     lower_dynamic(gm)
@@ -43,6 +47,9 @@ def lower_to_integer_reference(converted: fx.GraphModule, accuracy_level: int = 
         quantize = next((u for u in root.users if u.target is QUANTIZE), None)
         if build is not None and (quantize is not None or decision.kernel in FLOAT_RESULT):
             build(gm, node, decision, quantize)
+    for node in gm.graph.nodes if saturating else ():
+        if node.target in SATURATING:
+            node.kwargs = {"saturating": True}
     finish(gm)
     return gm
 
@@ -114,6 +121,7 @@ def _average_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantiz
     _swap(gm, quantize, QAVERAGE_POOL, (*_codes(node.args[0]), y_scale, y_zero, form))
 
 
+SATURATING = (QCONV, QGEMM, DYNAMIC_QGEMM)
 FLOAT_RESULT = ("QGemm", "MatMulIntegerToFloat")  # kernels that can do without a Q behind them
 
 BUILDERS: dict[str, Any] = {

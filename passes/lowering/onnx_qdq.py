@@ -42,12 +42,12 @@ def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.
         family, args = family_of(node.target), _args(node)
         if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:
             linear_to_matmul(gm, node)
-        elif family == "adaptive_avg_pool" and set(args[1]) == {1}:
-            node.target, node.args = GLOBAL_AVERAGE_POOL, (args[0],)
+        elif family == "adaptive_avg_pool":
+            global_average_pool(node)
     gm.graph.eliminate_dead_code()
     for node in list(gm.graph.nodes):
         if node.target in (QUANTIZE, DEQUANTIZE):
-            _to_onnx_form(gm, node)
+            to_onnx_form(gm, node)
     finish(gm)
     return gm
 
@@ -97,13 +97,20 @@ def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
     return new
 
 
-def _to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
+def global_average_pool(node: fx.Node) -> None:
+    """Adaptive pooling to one position, by ONNX's name; other sizes stay as they are."""
+    if set(node.args[1]) == {1}:  # type: ignore[arg-type]
+        node.target, node.args = GLOBAL_AVERAGE_POOL, (node.args[0],)
+
+
+def to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Rewrite, in place, a quantize or dequantize as ONNX's QuantizeLinear or DequantizeLinear."""
     source, scale, zero, block, form = _args(node)
     axis = _axis(node, block)
     fmt, _ = parse_format(form)
     with gm.graph.inserting_before(node):
-        flat_scale = _flat(gm, scale, torch.float32, "onnx_scale")
-        flat_zero = _flat(gm, zero, fmt.storage, "onnx_zero_point")
+        flat_scale = flat_parameter(gm, scale, torch.float32, "onnx_scale")
+        flat_zero = flat_parameter(gm, zero, fmt.storage, "onnx_zero_point")
         if node.target is QUANTIZE:
             new = gm.graph.call_function(QUANTIZE_LINEAR, (source, flat_scale, flat_zero))
         else:
@@ -127,7 +134,7 @@ def _axis(node: fx.Node, block: list[int]) -> int:
     return axes[0]
 
 
-def _flat(gm: fx.GraphModule, read: fx.Node, dtype: torch.dtype, leaf: str) -> fx.Node:
+def flat_parameter(gm: fx.GraphModule, read: fx.Node, dtype: torch.dtype, leaf: str) -> fx.Node:
     """The scale or zero point as ONNX wants it: a scalar or a vector, in that dtype."""
     tensor = parameter(gm, read)
     assert isinstance(tensor, Tensor)

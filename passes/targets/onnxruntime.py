@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from functools import cache, partial, update_wrapper
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import fx
@@ -16,6 +16,7 @@ from graphq.graph.match import Match
 
 from ..lowering.integer_reference import lower_to_integer_reference
 from ..lowering.onnx_qdq import lower_to_onnx_qdq
+from ..lowering.qoperator import lower_to_onnx_qoperator
 from ..lowering.weight_only import BLOCKS, block_size, packed_bits
 from .table import TARGETS, Kernel, PackedKernel, Target
 
@@ -158,20 +159,31 @@ def saturates_here() -> bool:
     return int(session.run(None, {"a": np.full((1, 4), 255, np.uint8)})[0][0, 0]) != 4 * 255 * 127
 
 
-def _at_level(function: Callable[..., fx.GraphModule], level: int) -> Callable[[fx.GraphModule], fx.GraphModule]:
-    """The function at that accuracy level, under its own name."""
-    return update_wrapper(partial(function, accuracy_level=level), function)
+def _with(function: Callable[..., fx.GraphModule], **options: Any) -> Callable[[fx.GraphModule], fx.GraphModule]:
+    """The function with these options, under its own name."""
+    return update_wrapper(partial(function, **options), function)
 
 
 CPUS = ("auto", "avx2", "vnni", "arm")
 
 
 @TARGETS.register("onnxruntime")
-def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> Target:
+def onnxruntime_target(
+    cpu: str = "auto",
+    accuracy_level: Literal[0, 4] = 4,
+    form: Literal["qdq", "qoperator"] = "qdq",
+    guard: bool = True,
+) -> Target:
     """The target for a kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one.
 
     accuracy_level: of products with packed weights: 4 rounds their inputs to int8 in blocks (fast), 0 keeps them float.
+    form: of the file: "qdq", which the runtime's optimizer fuses, or "qoperator", with integer kernels as its nodes.
+    guard: on "avx2", choose weights that cannot saturate; without it saturation is simulated as it happens.
     """
+    if form not in ("qdq", "qoperator"):
+        raise TargetError(
+            f"unknown form {form!r} of target 'onnxruntime'", remedy=did_you_mean(form, ("qdq", "qoperator"))
+        )
     if accuracy_level not in (0, 4):
         raise TargetError(
             f"unknown accuracy_level {accuracy_level!r} of target 'onnxruntime'",
@@ -191,12 +203,12 @@ def onnxruntime_target(cpu: str = "auto", accuracy_level: Literal[0, 4] = 4) -> 
         # x86 turns int8 activations into uint8 ones, under other names and with fewer fusions
         activation_formats=frozenset({"uint8", "int8"} if cpu == "arm" else {"uint8"}),
         weight_formats=frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
-        saturates=cpu == "avx2",
-        lowering=_at_level(lower_to_onnx_qdq, accuracy_level),
-        reference=_at_level(lower_to_integer_reference, accuracy_level),
+        saturates=cpu == "avx2" and guard,
+        lowering=_with(lower_to_onnx_qdq if form == "qdq" else lower_to_onnx_qoperator, accuracy_level=accuracy_level),
+        reference=_with(lower_to_integer_reference, accuracy_level=accuracy_level, saturating=cpu == "avx2"),
         weight_only=WEIGHT_ONLY,
         dynamic=DYNAMIC,
         dynamic_formats=frozenset({"uint8"}),
-        options={"cpu": cpu, "accuracy_level": accuracy_level},
+        options={"cpu": cpu, "accuracy_level": accuracy_level, "form": form, "guard": guard},
         executor="onnxruntime",
     )

@@ -77,7 +77,8 @@ class Target:
     symmetric_only: activations have zero point 0 and signed codes; affine specs are taken for their symmetric forms.
     refuses: why no kernel takes the specs of a scheme together, or None.
     executor: whose optimizer `verify` and `explain` ask on this machine; "": none, files are taken at their word.
-    saturates: its u8·s8 kernels add adjacent products in saturating int16 (`cpu` says which machine was meant).
+    saturates: its u8·s8 kernels add adjacent products in saturating int16, and weights are to be chosen so that none
+        does (`cpu` says which machine was meant).
     """
 
     name: str

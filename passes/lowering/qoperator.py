@@ -1,0 +1,66 @@
+"""Lower a converted graph to integer kernels as the nodes of its file: QLinearConv, QGemm, QLinearAdd, …
+
+The graph is that of `integer_reference`, which `verify` runs; here its ops get operands as ONNX wants them: scales and
+zero points that are scalars or vectors, zero points in the dtype of their codes. What has no integer op there (products
+of elements, concatenation, …) keeps its Q and DQ, which the runtime's optimizer fuses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, name_in_file
+from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
+from graphq.graph.optable import family_of
+from graphq.graph.passes import finish
+from graphq.graph.view import parameter, value_of
+
+from .integer_reference import lower_to_integer_reference
+from .onnx_qdq import NAME, flat_parameter, global_average_pool, to_onnx_form
+
+# op → (position of codes, of their scale, of their zero point); codes None: of the result, in the format that follows
+OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
+    QCONV: [(0, 1, 2), (3, 4, 5), (None, 7, 8)],
+    QGEMM: [(0, 1, 2), (3, 4, 5), (None, 7, 8)],
+    QMATMUL: [(0, 1, 2), (3, 4, 5)],
+    QADD: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
+    QAVERAGE_POOL: [(0, 1, 2), (None, 3, 4)],
+}
+
+
+def lower_to_onnx_qoperator(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
+    """A new graph in ONNX's form that computes the same. accuracy_level: of products with packed weights."""
+    gm = lower_to_integer_reference(converted, accuracy_level)
+    for node in gm.graph.nodes:
+        node.meta["custom"] = {NAME: name_in_file(node)}
+    for node in list(gm.graph.nodes):
+        if node.target in OPERANDS:
+            _type_operands(gm, node)
+        elif family_of(node.target) == "adaptive_avg_pool":
+            global_average_pool(node)
+    gm.graph.eliminate_dead_code()
+    for node in list(gm.graph.nodes):
+        if node.target in (QUANTIZE, DEQUANTIZE):
+            to_onnx_form(gm, node)
+    finish(gm)
+    return gm
+
+
+def _type_operands(gm: fx.GraphModule, node: fx.Node) -> None:
+    args = list(node.args)
+    with gm.graph.inserting_before(node):
+        for codes, scale, zero in OPERANDS[node.target]:
+            if args[scale] is None:
+                continue  # a float result
+            storage = parse_format(str(args[zero + 1]))[0].storage if codes is None else _dtype(gm, args[codes])
+            args[scale] = flat_parameter(gm, args[scale], torch.float32, "onnx_scale")  # type: ignore[arg-type]
+            args[zero] = flat_parameter(gm, args[zero], storage, "onnx_zero_point")  # type: ignore[arg-type]
+    node.args = tuple(args)
+
+
+def _dtype(gm: fx.GraphModule, codes: object) -> torch.dtype:
+    assert isinstance(codes, fx.Node)
+    tensor = parameter(gm, codes)
+    value = value_of(codes) if tensor is None else tensor
+    return value.dtype  # type: ignore[no-any-return]

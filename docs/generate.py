@@ -16,7 +16,7 @@ from graphq.lint.fix import FIXES
 from graphq.lint.rules import RULES
 from graphq.numerics.formats import FORMATS
 from graphq.observers import OBSERVERS
-from graphq.passes.targets import get_target, onnxruntime, tensorrt
+from graphq.passes.targets import get_target, onnxruntime, openvino, tensorrt
 
 HERE = Path(__file__).parent
 
@@ -109,6 +109,7 @@ PAGES = {
     "lint.md": lint_page,
     "configuration.md": configuration,
     "target-onnxruntime.md": lambda: target("onnxruntime", onnxruntime),
+    "target-openvino.md": lambda: target("openvino", openvino),
     "target-tensorrt.md": lambda: target("tensorrt", tensorrt),
     "pattern-language.md": pattern_language,
     "formats.md": lambda: formats.page((HERE / "formats.head.md").read_text()),

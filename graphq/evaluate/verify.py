@@ -28,6 +28,7 @@ from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError, RuntimeMismatch
 from graphq.evaluate.blame import cause
 from graphq.evaluate.islands import SimulatedKernels
+from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import example_of
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
@@ -83,6 +84,7 @@ class Verification:
     output_sqnr: float = float("inf")  # dB, simulation against a default session, end to end
     kernels_sqnr: float = float("inf")  # dB, the same with the float ops between the kernels left to the runtime
     floats_sqnr: float = float("inf")  # dB, outputs of the simulation on the runtime's own codes
+    executed_sqnr: float | None = None  # dB, simulation against OpenVINO, end to end, where that is the target
     floor_sqnr: float = float("inf")  # dB, a session without optimizations against the default session
     same_as_default_session: bool = True
 
@@ -117,6 +119,7 @@ class Verification:
             "kernels_sqnr_db": self.kernels_sqnr,
             "floats_sqnr_db": self.floats_sqnr,
             "agrees": self.agrees,
+            "executed_sqnr_db": self.executed_sqnr,
             "floor_sqnr_db": self.floor_sqnr,
             "first_diverging": first.name if first else None,
             "cause": first.cause if first else None,
@@ -127,11 +130,13 @@ class Verification:
 def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verification:
     """Compare a converted graph with the ONNX file that was exported from it, on real inputs, in ONNX Runtime.
 
-    Files for runtimes that are not on this machine are taken at their word: without an optimizer, op by op.
+    Files for other runtimes are taken at their word: without an optimizer, op by op; those for OpenVINO are also run by
+    it, end to end.
     """
     model = load_model(path)
     target = converted.meta["graphq_target"]
-    simulation, optimize = target.reference(converted), bool(target.executor)
+    simulation, optimize = target.reference(converted), target.executor == "onnxruntime"
+    executor = OpenVino(path) if target.executor == "openvino" else None
     quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE and not _at_run_time(n)]
     present = {name for node in model.graph.node for name in node.output}
     if quantized and not present.intersection(quantized):
@@ -149,7 +154,9 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     result = Verification(list(checks.values()), list(products.values()), [n for n in quantized if n not in checks])
     kernels = SimulatedKernels(simulation, taps)
     inputs_of_file = [i.name for i in default.get_inputs()]
-    runs: dict[str, list[list[Tensor]]] = {k: [] for k in ("runtime", "simulation", "kernels", "floats", "floor")}
+    runs: dict[str, list[list[Tensor]]] = {
+        k: [] for k in ("runtime", "tapped", "simulation", "kernels", "floats", "floor", "executed")
+    }
     for number, (args, kwargs) in enumerate(batches_of(data)):
         check_batch(converted, args, kwargs, number)
         feed = feed_of(converted, args, kwargs)
@@ -161,6 +168,9 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
             runs["floats"].append(flat_outputs(_Forced(simulation, taps, codes, checks, products).run(*inputs)))
             runs["kernels"].append(kernels.outputs(feed, inputs))
             runs["simulation"].append(flat_outputs(simulation(*args, **kwargs)))
+        runs["tapped"].append([torch.from_numpy(o) for o in tapped_outputs])
+        if executor is not None:
+            runs["executed"].append([torch.from_numpy(o) for o in executor.run(feed)])
         outputs = default.run(None, feed)
         result.same_as_default_session &= all(
             np.array_equal(a, b, equal_nan=True) for a, b in zip(tapped_outputs, outputs, strict=True)
@@ -169,8 +179,12 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
         runs["floor"].append([torch.from_numpy(o) for o in plain.run(None, feed)])
     if not runs["runtime"]:
         raise CalibrationError("there is no data to verify with", remedy="Give an iterable of batches.")
-    figures = [_worst(runs["runtime"], runs[k]) for k in ("simulation", "kernels", "floats", "floor")]
-    result.output_sqnr, result.kernels_sqnr, result.floats_sqnr, result.floor_sqnr = figures
+    figures = [_worst(runs["runtime"], runs[k]) for k in ("simulation", "floats", "floor")]
+    kernels_alone = _worst(runs["tapped"], runs["kernels"])  # a default session lays out float convolutions anew
+    result.output_sqnr, result.floats_sqnr, result.floor_sqnr = figures
+    result.kernels_sqnr = kernels_alone
+    if executor is not None:
+        result.executed_sqnr = _worst(runs["executed"], runs["simulation"])
     return result
 
 

@@ -121,7 +121,8 @@ def to_onnx(gm: fx.GraphModule, example: Example, translations: Mapping[Any, Cal
         )
     if translated is None:
         raise ExportError("torch.onnx produced no model", remedy="Please report it with the model.")
-    names = {n.name: n.meta["custom"][NAME] for n in program.graph.nodes if NAME in n.meta.get("custom", {})}
+    traced = translated.exported_program or program  # torch.onnx traces again, and gives some nodes new names
+    names = {n.name: n.meta["custom"][NAME] for n in traced.graph.nodes if NAME in n.meta.get("custom", {})}
     paths = {n.name: module_stack(n)[-1][0] for n in gm.graph.nodes if module_stack(n)}
     _rename(translated.model, names, paths)
     return translated.model

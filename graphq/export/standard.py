@@ -99,7 +99,7 @@ class _Writer:
         self.opset = max(self.opset, since, BLOCKED_OPSET if size else 0, E8M0_OPSET if "e8m0" in flags else 0)
         source, scale, zero = node.inputs
         assert source is not None and scale is not None and zero is not None
-        flat = axis is not None and not size
+        flat = not size
         new_scale = self._typed(scale, ml_dtypes.float8_e8m0fnu if "e8m0" in flags else np.float32, flat)
         new_zero = self._typed(zero, dtype, flat)
         if node.op_type == "Dequantize" and source.const_value is not None:
@@ -132,7 +132,7 @@ class _Writer:
                     remedy="dynamic: false, or target 'simulation'.",
                 )
             array = tensor.numpy()
-            array = array.reshape(-1) if flat else array
+            array = array.reshape(-1 if array.size > 1 else ()) if flat else array
             small = np.dtype(dtype).kind == "V" and np.dtype(dtype).itemsize == 1 and array.dtype == np.uint8
             patterns = small and not np.dtype(dtype).name.startswith(("int", "uint"))
             typed = np.ascontiguousarray(array.view(dtype) if patterns else array.astype(dtype))

@@ -107,7 +107,7 @@ def _find_groups(gm: fx.GraphModule, config: QuantConfig, target: Target) -> lis
                 refusals.append(refusal)
                 continue
             group = _group(gm, pattern, match, config, target)
-            if group.kernel is None and len(match.nodes) > 1:
+            if len(match.nodes) > 1 and (group.kernel is None or ("activation" in match and not _ends_in_codes(group))):
                 continue
             claimed |= set(group.members)
             groups.append(group)
@@ -134,6 +134,11 @@ def _not_absorbed(
     scheme = target.fit(config.resolve(LayerView(gm, match.node(pattern.head))).scheme or Scheme())
     spec = scheme.output or scheme.input
     return "a symmetric scale has codes below zero" if spec is not None and spec.symmetric else None
+
+
+def _ends_in_codes(group: Group) -> bool:
+    """Is the result quantized right behind the kernel? Only then does it skip the activation."""
+    return group.kernel is not None and (group.kernel.output == "required" or group.scheme.output is not None)
 
 
 def _floats(node: fx.Node) -> bool:
@@ -187,7 +192,7 @@ def _integer_producers(groups: list[Group], by_root: dict[fx.Node, Group]) -> se
         if not g.integer:
             continue
         if g.role == "compute":
-            if g.kernel is not None and (g.kernel.output == "required" or g.scheme.output is not None):
+            if _ends_in_codes(g):
                 produced.add(g.root)
         elif any(a in produced for a in g.activations):
             produced.add(g.root)

@@ -3,8 +3,8 @@
 Which pairs of weights are safe: `graphq.numerics.pairs`. Each output channel gets the scale, between its own and the
 one at which all pairs are safe, with the least squared error after unsafe pairs are clipped to the bound.
 
-K runs as (kernel row, kernel column, input channel), whatever the layout of the model. Depthwise convolutions have
-another kernel, and need nothing.
+K runs as (kernel row, kernel column, input channel), whatever the layout of the model; some kernels fill up an odd
+number of channels with a zero. Depthwise convolutions have another kernel, and need nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ STEPS = 5
 
 def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
     """Choose weight scales and codes that no input can saturate. Returns the mean growth of the scale per layer."""
+    even = gm.meta["graphq_target"].even_channels if "graphq_target" in gm.meta else False
     growth: dict[str, float] = {}
     guarded: dict[fx.Node, float] = {}  # by the quantizer's call: a weight may have several readers
     for node in gm.graph.nodes:
@@ -38,15 +39,21 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
         weight = parameter(gm, decision.weight)
         if weight is None or not quantizer.spec.number_format.signed or quantizer.spec.number_format.bits < 8:
             continue
-        rows = along_k(weight.detach())
+        filled = _even_channels(weight.detach()) if even else weight.detach()
+        rows = along_k(filled)
         scale, _ = quantizer.qparams
         safe_rows, safe_scale = guard_rows(rows, scale.reshape(-1).expand(len(rows)), per_row=bool(quantizer.block))
         quantizer.scale = safe_scale.reshape(scale.shape) if quantizer.block else safe_scale[0]
-        _replace(gm, decision.weight, call, from_k(safe_rows, weight.shape))
+        _replace(gm, decision.weight, call, from_k(safe_rows, filled.shape)[:, : weight.shape[1]])
         growth[node.name] = guarded[call] = (safe_scale / scale.reshape(-1)).mean().item()
         decision.reason += _words(growth[node.name])
     gm.recompile()
     return growth
+
+
+def _even_channels(weight: Tensor) -> Tensor:
+    """[out, in, …] with a zero channel where the number of input channels is odd."""
+    return torch.cat([weight, torch.zeros_like(weight[:, :1])], 1) if weight.shape[1] % 2 else weight
 
 
 def _words(growth: float) -> str:

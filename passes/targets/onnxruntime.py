@@ -167,6 +167,16 @@ def _with(function: Callable[..., fx.GraphModule], **options: Any) -> Callable[[
 CPUS = ("auto", "avx2", "vnni", "arm")
 
 
+def cpu_named(cpu: str, target: str) -> str:
+    """A kind of CPU by name; "auto" is this machine's. Raises TargetError for others."""
+    if cpu not in CPUS:
+        raise TargetError(f"unknown cpu {cpu!r} of target {target!r}", remedy=did_you_mean(cpu, CPUS))
+    if cpu != "auto":
+        return cpu
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    return "avx2" if saturates_here() else "arm" if arm else "vnni"
+
+
 @TARGETS.register("onnxruntime")
 def onnxruntime_target(
     cpu: str = "auto",
@@ -189,11 +199,7 @@ def onnxruntime_target(
             f"unknown accuracy_level {accuracy_level!r} of target 'onnxruntime'",
             remedy="0: inputs stay float; 4: they are rounded to int8 in blocks.",
         )
-    if cpu not in CPUS:
-        raise TargetError(f"unknown cpu {cpu!r} of target 'onnxruntime'", remedy=did_you_mean(cpu, CPUS))
-    if cpu == "auto":
-        arm = platform.machine().lower() in ("arm64", "aarch64")
-        cpu = "avx2" if saturates_here() else "arm" if arm else "vnni"
+    cpu = cpu_named(cpu, "onnxruntime")
     return Target(
         name="onnxruntime",
         cpu=cpu,

@@ -78,7 +78,8 @@ class Target:
     refuses: why no kernel takes the specs of a scheme together, or None.
     executor: whose optimizer `verify` and `explain` ask on this machine; "": none, files are taken at their word.
     saturates: its u8·s8 kernels add adjacent products in saturating int16, and weights are to be chosen so that none
-        does (`cpu` says which machine was meant).
+        does (`cpu` says which machine was meant). even_channels: they fill up an odd number of input channels, so that
+        no pair crosses from one kernel position to the next.
     """
 
     name: str
@@ -100,7 +101,8 @@ class Target:
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     symmetric_only: bool = False
     refuses: Callable[[Scheme], str | None] = lambda scheme: None
-    executor: Literal["onnxruntime", ""] = ""
+    executor: Literal["onnxruntime", "openvino", ""] = ""
+    even_channels: bool = False
 
     def fit(self, scheme: Scheme) -> Scheme:
         """The scheme as this target takes it."""
@@ -112,7 +114,7 @@ class Target:
         """The first row that fits this match, or the reason why none does. dynamic: scales are found at run time."""
         reason = self.float_reasons.get(family, f"{self.name} has no integer kernel for {family}")
         rows = self.kernels
-        if dynamic and self.activation_formats is not None:
+        if dynamic and self.dynamic:
             rows, reason = self.dynamic, f"{self.name} has no kernel for {family} that finds scales at run time"
         for row in rows.get(family, ()):
             refusal = row.when(match)

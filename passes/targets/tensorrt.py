@@ -19,7 +19,7 @@ from graphq.graph.match import Match
 from graphq.graph.optable import family_of
 from graphq.graph.view import LayerView
 
-from ..lowering.tensorrt import lower_to_tensorrt
+from ..lowering.explicit_qdq import lower_to_explicit_qdq
 from .table import TARGETS, Kernel, PackedKernel, Target
 
 INT4_BLOCKS = (64, 128)
@@ -27,15 +27,15 @@ INT4_BLOCKS = (64, 128)
 
 def sum_of_convolution(m: Match) -> str | None:
     """Why no convolution's kernel takes a sum in, or None."""
-    return None if _branches(m) else "no operand comes straight from a convolution that nothing else reads"
+    return None if branches(m) else "no operand comes straight from a convolution that nothing else reads"
 
 
 def residual_branch(m: Match) -> Sequence[fx.Node]:
     """The operand that is not computed by the kernel which adds it."""
-    return _branches(m)[1:]
+    return branches(m)[1:]
 
 
-def _branches(m: Match) -> list[fx.Node]:
+def branches(m: Match) -> list[fx.Node]:
     """(the convolution, the residual branch) of a sum; of two convolutions the one with more ops before it since the
     branches parted computes the sum. Empty where neither is one."""
     operands = [v.node for v in (m.a, m.b) if isinstance(v, LayerView)]
@@ -119,7 +119,7 @@ def tensorrt_target() -> Target:
         activation_formats=frozenset({"int8", "fp8_e4m3"}),
         weight_formats=frozenset({"int8", "fp8_e4m3", "int4"}),
         saturates=False,
-        lowering=lower_to_tensorrt,
+        lowering=lower_to_explicit_qdq,
         reference=fork,
         weight_only={"linear": [PackedKernel("weight-only MatrixMultiply", int4_blocks)]},
         symmetric_only=True,

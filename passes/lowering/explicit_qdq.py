@@ -1,9 +1,10 @@
-"""Lower a converted graph to the explicit-quantization form of TensorRT.
+"""Lower a converted graph to Q and DQ as TensorRT and OpenVINO read them.
 
     linear(x, dequantize(codes [out, in]))     ⇒   matmul(x, dequantize(codesᵀ)) + bias,  or addmm for a matrix x
+    adaptive_avg_pool(x, 1)                    ⇒   global_average_pool(x)
 
 Quantize and dequantize stay, and are written as the standard's QuantizeLinear and DequantizeLinear. A DequantizeLinear
-stands directly in front of the product: behind a Transpose TensorRT would not see a weight.
+stands directly in front of the product: behind a Transpose neither would see a weight.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from graphq.graph.ops import DEQUANTIZE
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 
-from .onnx_qdq import NAME, linear_to_matmul
+from .onnx_qdq import NAME, global_average_pool, linear_to_matmul
 
 
-def lower_to_tensorrt(converted: fx.GraphModule) -> fx.GraphModule:
+def lower_to_explicit_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     """A new graph that computes the same."""
     gm = fork(converted)
     for node in gm.graph.nodes:
@@ -26,6 +27,8 @@ def lower_to_tensorrt(converted: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if family_of(node.target) == "linear" and node.args[1].target is DEQUANTIZE:
             linear_to_matmul(gm, node)
+        elif family_of(node.target) == "adaptive_avg_pool":
+            global_average_pool(node)
     gm.graph.eliminate_dead_code()
     finish(gm)
     return gm

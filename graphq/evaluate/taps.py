@@ -33,8 +33,16 @@ def load_model(path: str | Path) -> onnx.ModelProto:
     return model
 
 
-def session(path: str | Path | bytes, *, threads: int = 0, optimize: bool = True, save_to: Path | None = None) -> Any:
-    """A CPU session with default options, except that no thread spins while it waits (sessions share the cores)."""
+def session(
+    path: str | Path | bytes,
+    *,
+    threads: int = 0,
+    optimize: bool = True,
+    save_to: Path | None = None,
+    data_file: str = "",
+) -> Any:
+    """A CPU session with default options, except that no thread spins while it waits (sessions share the cores).
+    save_to: where the optimized model goes, its large tensors to a data_file beside it, if one is named."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -44,15 +52,19 @@ def session(path: str | Path | bytes, *, threads: int = 0, optimize: bool = True
     if save_to is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(save_to)
+    if data_file:
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data_file)
     source = path if isinstance(path, bytes) else str(path)
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def optimized_model(path: str | Path) -> onnx.ModelProto:
     """The model after ONNX Runtime's optimizer, before its layout passes: its nodes are the kernels that run."""
+    inside = onnx.load(path, load_external_data=False).graph.initializer
+    external = any(i.data_location == onnx.TensorProto.EXTERNAL for i in inside)
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "optimized.onnx"
-        session(path, save_to=saved)
+        session(path, save_to=saved, data_file="optimized.data" if external else "")
         return onnx.load(saved)
 
 

@@ -131,6 +131,21 @@ def double_qdq(g: Graph) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+@rule("onnxruntime")
+def requantized(g: Graph) -> Iterator[Finding]:
+    """A tensor that is dequantized and quantized again with other numbers: the optimizer makes one pair of the two."""
+    for node in g.nodes:
+        source = g.made.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is None or source.op_type != "DequantizeLinear" or g.made.get(source.input[0]) is None:
+            continue
+        if not _same(g, node, source):
+            yield Finding(
+                "requantized", g.label(node),
+                f"the optimizer merges it with {g.label(source)}: values are off by up to the smaller step",
+                "Quantize the tensor once.",
+            )  # fmt: skip
+
+
 def second_quantizations(g: Graph) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
     """(QuantizeLinear, the DequantizeLinear that it reads) with equal scale, zero point and type."""
     for node in g.nodes:

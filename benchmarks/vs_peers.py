@@ -40,7 +40,11 @@ INT4 = QuantSpec(format="uint4", symmetric=False, granularity="group", group_siz
 LINEARS_INT4 = QuantConfig(name="int4 linears", rules=(Rule(select="linear", scheme=Scheme(weight=INT4)),))
 KINDS = {
     "int8": (
-        {"graphq int8": "int8", "graphq int8_dynamic": "int8_dynamic"},
+        {
+            "graphq int8": "int8",
+            "graphq int8_smoothquant": "int8_smoothquant",
+            "graphq int8_dynamic": "int8_dynamic",
+        },
         ("ORT static u8s8", "ORT static u8u8", "ORT dynamic", "NNCF", "ModelOpt"),
     ),
     "4-bit weights": ({"graphq int4": LINEARS_INT4}, ("ORT MatMulNBits",)),

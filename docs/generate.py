@@ -7,6 +7,7 @@ from pathlib import Path
 import formats
 
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.config.config import Algorithm
 from graphq.config.known import KNOWN_CONFIGS, LLM_COMPRESSOR, MODELOPT, MODELOPT_PARTS, QUARK
 from graphq.config.presets import CONFIGS
 from graphq.graph.match import Match
@@ -32,7 +33,7 @@ def fields(model) -> str:
 
 def configuration() -> str:
     parts = [(HERE / "configuration.head.md").read_text().rstrip()]
-    for model in (QuantConfig, Rule, Scheme, QuantSpec):
+    for model in (QuantConfig, Algorithm, Rule, Scheme, QuantSpec):
         parts.append(f"## {model.__name__}\n\n{model.__doc__}\n\n{fields(model)}")
     observers = "\n".join(f"| `{n}` | {OBSERVERS[n].__doc__.splitlines()[0]} |" for n in OBSERVERS.names())
     parts.append(f"## Observers\n\n| name | what it finds |\n|---|---|\n{observers}")

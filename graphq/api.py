@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from graphq.algorithms.base import check_arguments
 from graphq.calibration.batches import NO_DATA, batches_of
 from graphq.calibration.calibrate import calibrate_graphs
 from graphq.config import QuantConfig
@@ -110,6 +111,8 @@ def prepare(
             f"this graph is {stage_of(model)} already", remedy="Prepare the float model again for another config."
         )
     config = QuantConfig.load(config)
+    for a in config.algorithms:
+        check_arguments(a.name, a.args)
     targets = [get_target(t) for t in (target if isinstance(target, (list, tuple)) else [target])]  # type: ignore[arg-type]
     captured = capture(with_registered(model), args, kwargs, dynamic_shapes)  # type: ignore[arg-type]
     _expect_float32(captured)

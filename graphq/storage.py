@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from graphq.algorithms.smoothquant import SMOOTHED, place_scales
 from graphq.api import STAGE, Model, convert, prepare, stage_of
 from graphq.config import QuantConfig
 from graphq.errors import ExportError, LoadError, StateError
@@ -63,6 +64,7 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
         "target": {"name": target.name, "options": dict(target.options)},
         "canonical": [p.name for p in graph.meta["graphq_canonical"].passes],
         "trained": graph.meta.get(TRAINED),
+        "smoothed": graph.meta.get(SMOOTHED, []),
         "clip": all(q.clip for q in quantizers(graph).values()),
         "example": example,
         "graph": _fingerprint(graph),
@@ -137,6 +139,7 @@ def _at_stage(gm: fx.GraphModule, about: dict[str, Any], tensors: dict[str, Tens
     """Bring a prepared graph to the stage that was saved; values are filled in afterwards."""
     if about["stage"] == "prepared":
         return gm
+    place_scales(gm, about.get("smoothed", []))
     gm = own_tensors(gm)
     for name, quantizer in quantizers(gm).items():
         _restore(quantizer, name, tensors)

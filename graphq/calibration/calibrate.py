@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from graphq.algorithms import ALGORITHMS
 from graphq.calibration.runner import run_calibration
 from graphq.calibration.watch import watching
 from graphq.graph.view import parameter
@@ -26,6 +27,8 @@ from graphq.quantizer import TensorQuantizer, quantizers
 def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
     compute the float model, and a tensor has the same name in each."""
+    data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
+    _run_algorithms(graphs, data, progress=progress)
     statistics = [_Statistics(gm) for gm in graphs]
     first, *others = statistics
     try:
@@ -46,6 +49,22 @@ def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: b
         raise
     for s in statistics:
         s.fit()
+
+
+def _again(data: Any) -> Any:
+    """Data that can be gone through more than once."""
+    return data if callable(data) or iter(data) is not data else list(data)
+
+
+def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
+    """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
+
+    def run(watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
+        with watching(graphs[0], watchers):
+            run_calibration(graphs[0], data, progress=progress)
+
+    for algorithm in graphs[0].meta["graphq_config"].algorithms:
+        ALGORITHMS[algorithm.name](graphs, run, **algorithm.args)
 
 
 class _Statistics:

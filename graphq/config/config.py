@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, field_serializer, field_validator
+from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from graphq.config.readable import ConfigModel
 from graphq.config.scheme import Scheme
@@ -76,6 +76,20 @@ class Rule(ConfigModel):
         )
 
 
+class Algorithm(ConfigModel):
+    """One algorithm that changes weights before ranges are observed, with its arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="A registered algorithm.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the algorithm.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class QuantConfig(ConfigModel):
     """Ordered rules and an ignore list, the same for every model."""
 
@@ -84,6 +98,7 @@ class QuantConfig(ConfigModel):
     name: str = Field("custom", description="Shown in reports and written to the model's metadata.")
     rules: tuple[Rule, ...] = Field(description="In order; the last rule that matches a layer wins.")
     ignore: tuple[Selector, ...] = Field((), description="Selectors of layers that stay float whatever the rules say.")
+    algorithms: tuple[Algorithm, ...] = Field((), description="In order; a name stands for one with its defaults.")
     bias_correction: bool = Field(
         False, description="Take what rounded weights add to a layer's mean output off its bias (static schemes)."
     )

@@ -40,6 +40,12 @@ CONFIGS: dict[str, QuantConfig] = {
     "int8": QuantConfig(
         name="int8", bias_correction=True, rules=(Rule(select="*", scheme=SCHEMES["int8"]), *FLOAT_ATTENTION)
     ),
+    "int8_smoothquant": QuantConfig(
+        name="int8_smoothquant",
+        bias_correction=True,
+        algorithms=("smoothquant",),  # type: ignore[arg-type]
+        rules=(Rule(select="*", scheme=SCHEMES["int8"]), *FLOAT_ATTENTION),
+    ),
     "int8_dynamic": QuantConfig(
         name="int8_dynamic", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic"]), *FLOAT_ATTENTION)
     ),

@@ -2,6 +2,7 @@
 
 from .annotate import annotate
 from .correct_bias import correct_bias, mean_products, mean_watchers
+from .edges import quantizer_at, quantizer_calls
 from .importance import give_importance, importance_watchers
 from .insert_quantizers import insert_quantizers
 from .quantize_bias import fit_bias, quantize_bias
@@ -20,6 +21,8 @@ __all__ = [
     "mean_products",
     "mean_watchers",
     "quantize_bias",
+    "quantizer_at",
+    "quantizer_calls",
     "shared_magnitudes",
     "to_qdq",
 ]

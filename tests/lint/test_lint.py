@@ -137,9 +137,9 @@ def by_onnxruntime(float_file, **options):
 
 
 HAND_MADE = [
-    conv_on_the_wrong_axis, gemm_on_the_wrong_axis, gemm_with_another_bias_scale, quantized_twice, quantized_again_with_another_scale,
-    activation_per_channel, no_zero_points, two_quantizers_of_one_result, quantized_around_an_op_without_kernel,
-    weight_folded_to_float, result_of_a_conv_left_float,
+    conv_on_the_wrong_axis, gemm_on_the_wrong_axis, gemm_with_another_bias_scale, quantized_twice,
+    quantized_again_with_another_scale, activation_per_channel, no_zero_points, two_quantizers_of_one_result,
+    quantized_around_an_op_without_kernel, weight_folded_to_float, result_of_a_conv_left_float,
 ]  # fmt: skip
 
 

@@ -1,0 +1,6 @@
+"""Algorithms that prepare weights for quantization, by name: `QuantConfig(algorithms=["smoothquant"])`."""
+
+from graphq.algorithms import smoothquant
+from graphq.algorithms.base import ALGORITHMS, Run
+
+__all__ = ["ALGORITHMS", "Run", "smoothquant"]

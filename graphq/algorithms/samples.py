@@ -1,0 +1,47 @@
+"""Rows of a tensor, a bounded number of them, and the range of every channel: what searches look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+MOST = 512
+
+
+class RowSamples(nn.Module):
+    """Keeps evenly spaced rows of the tensors […, channels] that it is called with, and their range per channel.
+
+    Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, most: int = MOST) -> None:
+        super().__init__()
+        self.most, self.step, self.count = most, 1, 0
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(rows):
+            return
+        lo, hi = rows.amin(0), rows.amax(0)
+        self.lowest = lo if not self.count else torch.minimum(self.lowest, lo)
+        self.highest = hi if not self.count else torch.maximum(self.highest, hi)
+        first = -self.count % self.step
+        self.count += len(rows)
+        self.kept.append(rows[first :: self.step].clone())
+        while sum(map(len, self.kept)) > self.most:
+            self.kept = [torch.cat(self.kept)[::2]]
+            self.step *= 2
+
+    @property
+    def rows(self) -> Tensor:
+        """[at most `most`, channels]."""
+        return torch.cat(self.kept)
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest magnitude [channels]."""
+        return torch.maximum(-self.lowest, self.highest)

@@ -1,0 +1,206 @@
+"""SmoothQuant (Xiao et al., 2023): outlier channels of activations are divided by what the weights are multiplied with.
+
+    x ─ Q ─ linear(W)     ⇒     x · 1/s ─ Q ─ linear(W · s),     s = max|x|^α / max|W|^(1-α) per input channel
+
+The linears that read one tensor (q, k, v; gate, up) are a group with one s. It is folded into the norm that makes the
+tensor where nothing else reads it, and is a multiplication else (a residual stream that starts behind the norm, as in
+BERT). α is searched for every group, "none" included: the one with the least squared error of the group's products,
+inputs and weights quantized, on samples of the calibration data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.samples import RowSamples
+from graphq.config.spec import QuantSpec
+from graphq.errors import ConfigError
+from graphq.graph.decision import KEY as DECISION
+from graphq.graph.decision import Decision, decision_of
+from graphq.graph.optable import family_of
+from graphq.graph.passes import finish
+from graphq.graph.view import LayerView, parameter, set_parameter
+from graphq.numerics.affine import fake_quantize
+from graphq.passes.placement import quantizer_at, quantizer_calls
+
+SMOOTHED = "graphq_smoothed"  # in a graph's meta: the groups that got a scale, so that `load` can make them again
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+CLIPS = (1.0, 0.9, 0.8, 0.65, 0.5)  # parts of the range that observers may choose
+SMALLEST = 1e-5
+NORMS = ("layer_norm", "rms_norm")
+
+
+@dataclass
+class Group:
+    """Linears that read one tensor through one quantizer. source: the tensor; call: the call that quantizes it."""
+
+    source: fx.Node
+    call: fx.Node
+    linears: list[fx.Node]
+
+
+@ALGORITHMS.register("smoothquant")
+def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Literal["search"] = "search") -> None:
+    """alpha: how much of the difficulty moves from activations to weights, 0 to 1, or "search"."""
+    if alpha != "search" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+        raise ConfigError(f"alpha is a number from 0 to 1 or 'search', not {alpha!r}", where="smoothquant")
+    first, found = graphs[0], {g.source.name: g for g in groups(graphs[0])}
+    seen = {name: RowSamples() for name in found}
+    if not found:
+        return
+    run([(g.source, seen[name]) for name, g in found.items()])
+    scales = {}
+    for name, group in found.items():
+        if not seen[name].count:
+            continue
+        if alpha == "search":
+            scale = _searched(first, group, seen[name])
+        else:
+            scale = _scale(seen[name].largest, _weights_largest(first, group), float(alpha))
+        if scale is not None:
+            scales[name] = scale
+    for gm in graphs:
+        for group in groups(gm):
+            if group.source.name in scales:
+                apply_scale(gm, group, scales[group.source.name])
+        finish(gm)
+
+
+def place_scales(gm: fx.GraphModule, sources: Sequence[str]) -> None:
+    """Scales of one for the groups of these tensors: their values come from a file."""
+    for group in groups(gm):
+        if group.source.name in sources:
+            apply_scale(gm, group, torch.ones_like(_weights(gm, group)[0][0]))
+    finish(gm)
+
+
+def groups(gm: fx.GraphModule) -> list[Group]:
+    """Quantized tensors that only linears with weights of their own read."""
+    found = []
+    for call in gm.graph.nodes:
+        if call.op != "call_module" or parameter(gm, call.all_input_nodes[0]) is not None:
+            continue
+        if quantizer_at(gm, call).constant or not call.users:
+            continue
+        if all(_smoothable(gm, user, call) for user in call.users):
+            found.append(Group(call.all_input_nodes[0], call, list(call.users)))
+    return found
+
+
+def _smoothable(gm: fx.GraphModule, node: fx.Node, call: fx.Node) -> bool:
+    decision = decision_of(node)
+    if family_of(node.target) != "linear" or decision is None or decision.action != "quantize":
+        return False
+    _, weight = quantizer_calls(decision)
+    return weight is not None and len(weight.users) == 1 and node.args[0] is call
+
+
+def _weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
+    tensors = [parameter(gm, decision_of(n).weight) for n in group.linears]  # type: ignore[union-attr]
+    return [t.detach() for t in tensors if t is not None]
+
+
+def _weights_largest(gm: fx.GraphModule, group: Group) -> Tensor:
+    return torch.stack([w.abs().amax(0) for w in _weights(gm, group)]).amax(0)
+
+
+def _scale(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """[in], with geometric mean one."""
+    scale = activations.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(1 - alpha)
+    return (scale / scale.log().mean().exp()).clamp(min=SMALLEST)
+
+
+def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | None:
+    """The best scale, or None where none is better than no scale."""
+    weights, largest = _weights(gm, group), _weights_largest(gm, group)
+    rows = seen.rows
+    wanted = [rows @ w.T for w in weights]
+    spec = quantizer_at(gm, group.call).spec
+    specs = [decision_of(n).weight_spec for n in group.linears]  # type: ignore[union-attr]
+    candidates = [torch.ones_like(largest), *(_scale(seen.largest, largest, a) for a in ALPHAS)]
+    errors = []
+    for scale in candidates:
+        rounded = [_rounded_weight(w * scale, s) for w, s in zip(weights, specs, strict=True)]
+        errors.append(min(_error(seen, scale, clip, spec, rounded, wanted) for clip in CLIPS))
+    best = int(torch.tensor(errors).argmin())
+    return candidates[best] if best else None
+
+
+def _error(
+    seen: RowSamples, scale: Tensor, clip: float, spec: QuantSpec, weights: list[Tensor], wanted: list[Tensor]
+) -> float:
+    lo, hi = (seen.lowest / scale).min() * clip, (seen.highest / scale).max() * clip
+    x = fake_quantize(seen.rows / scale, *spec.choose(lo, hi), (), spec.number_format)
+    return sum((x @ w.T - y).square().sum().item() for w, y in zip(weights, wanted, strict=True))
+
+
+def _rounded_weight(weight: Tensor, spec: QuantSpec | None) -> Tensor:
+    assert spec is not None
+    block = spec.block_for(2)
+    if spec.granularity not in ("tensor", "channel"):
+        return weight
+    largest = weight.abs().amax(1, keepdim=True) if block else weight.abs().max()
+    scale, zero = spec.choose(-largest, largest)
+    return fake_quantize(weight, scale, zero, block, spec.number_format, narrow_range=spec.narrow_range)
+
+
+def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor) -> None:
+    """Divide the tensor by the scale [in], in its norm or by a multiplication, and multiply the weights by it."""
+    for node in group.linears:
+        decision = decision_of(node)
+        assert decision is not None and decision.weight is not None
+        weight, (_, call) = parameter(gm, decision.weight), quantizer_calls(decision)
+        assert weight is not None and call is not None
+        decision.weight = _replace(gm, decision.weight, call, weight.detach() * scale, "smoothed")
+        decision.reason += "; smoothed"
+    folded = _fold(gm, group, scale)
+    if not folded:
+        _multiply(gm, group, 1 / scale)
+    gm.meta.setdefault(SMOOTHED, []).append(group.source.name)
+
+
+def _replace(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:
+    """Let a node read a new parameter in place of another; the model's own stays as it is."""
+    with gm.graph.inserting_before(user):
+        new = gm.graph.get_attr(set_parameter(gm, f"{old.target}_{suffix}", tensor))
+    new.meta = {**old.meta, "val": tensor}
+    user.replace_input_with(old, new)
+    return new
+
+
+def _fold(gm: fx.GraphModule, group: Group, scale: Tensor) -> bool:
+    """Divide weight and bias of the norm that makes the tensor, if nothing but the group reads it."""
+    norm = group.source
+    if family_of(norm.target) not in NORMS or len(norm.users) > 1:
+        return False
+    view = LayerView(gm, norm)
+    reads = [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
+    tensors = [parameter(gm, r) for r in reads]
+    if view.arg("weight") is None or any(t is None or t.shape != scale.shape for t in tensors):
+        return False
+    for read, tensor in zip(reads, tensors, strict=True):
+        assert tensor is not None
+        _replace(gm, read, norm, tensor.detach() / scale, "smoothed")
+    return True
+
+
+def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
+    base = str(decision_of(group.linears[0]).weight.target).rpartition(".")[0]  # type: ignore[union-attr]
+    name = f"{base}.smoothing" if base else "smoothing"
+    with gm.graph.inserting_before(group.call):
+        read = gm.graph.get_attr(set_parameter(gm, name, factor))
+        product = gm.graph.call_function(torch.ops.aten.mul.Tensor, (group.source, read))
+    read.meta = {"val": factor}
+    product.meta = {k: v for k, v in group.source.meta.items() if k in ("val", "nn_module_stack")}
+    product.meta[DECISION] = Decision("float", "divides by the scales of smoothquant", rule="algorithm smoothquant")
+    group.call.args = (product,)
+    for node in group.linears:
+        decision = decision_of(node)
+        assert decision is not None
+        decision.inputs = {product if k is group.source else k: v for k, v in decision.inputs.items()}

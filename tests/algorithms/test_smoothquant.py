@@ -1,0 +1,146 @@
+"""SmoothQuant: the float function is kept, outliers leave the activations, norms take scales in where they may."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphq
+import zoo
+from graphq.algorithms.samples import RowSamples
+from graphq.algorithms.smoothquant import SMOOTHED, _scale
+from graphq.config.config import Algorithm
+from graphq.config.presets import CONFIGS
+from graphq.errors import ConfigError
+
+SMOOTH = CONFIGS["int8_smoothquant"]
+
+
+class Block(nn.Module):
+    """A norm, three projections of it, and a residual stream before it (pre) or behind it (post)."""
+
+    def __init__(self, post: bool):
+        super().__init__()
+        self.norm, self.post = nn.LayerNorm(32), post
+        self.q, self.k, self.v = (nn.Linear(32, 24) for _ in range(3))
+        self.out = nn.Linear(24, 32)
+        with torch.no_grad():
+            self.norm.weight[3], self.norm.weight[17] = 60.0, 25.0
+
+    def forward(self, x):
+        y = self.norm(x)
+        return (y if self.post else x) + self.out(torch.tanh(self.q(y)) * torch.tanh(self.k(y)) + self.v(y))
+
+
+def data(count=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 32, generator=generator) for _ in range(count)]
+
+
+def calibrated(model, config, **options):
+    return graphq.calibrate(graphq.prepare(model, config, (data()[0],), **options), data(), progress=False)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
+def test_outlier_channels_cost_less_and_the_group_has_one_scale(post, tmp_path):
+    model = Block(post).eval()
+    figures = {}
+    for config in ("int8", "int8_smoothquant"):
+        graph = graphq.convert(calibrated(model, config))
+        figures[config] = graphq.compare(model, graph, data(), per_op=False).sqnr
+        path = graphq.export(graph, tmp_path / "m.onnx")
+        assert graphq.verify(graph, path, data()).agrees and not graphq.explain(graph, path).disagreements
+    assert figures["int8_smoothquant"] > figures["int8"] + 3
+    rows = graphq.explain(graph).rows
+    smoothed = [r for r in rows if "; smoothed" in r.reason]
+    assert {"q", "k", "v"} <= {r.layer for r in smoothed}
+    multiplications = [r for r in rows if "scales of smoothquant" in r.reason]
+    norm = next(n for n in graph.graph.nodes if "layer_norm" in str(n.target))
+    assert norm.name in graph.meta[SMOOTHED]
+    assert (
+        any("smoothed" in str(a.target) for a in norm.all_input_nodes) is not post
+    )  # folded, where nothing else reads it
+    assert any(norm in n.all_input_nodes for n in graph.graph.nodes if "mul" in n.name) is post
+    assert len(multiplications) == len(graph.meta[SMOOTHED]) - (not post)
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_the_float_function_is_kept(post):
+    model = Block(post).eval()
+    exact = SMOOTH.model_copy(update={"bias_correction": False})  # and no guard: both change weights or biases
+    prepared = calibrated(model, exact, target=graphq.get_target("onnxruntime", cpu="vnni"))
+    for quantizer in graphq.quantizer.quantizers(prepared).values():
+        quantizer.state = "off"
+    assert prepared.meta[SMOOTHED]
+    for x in data():
+        assert torch.allclose(prepared(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_scale_is_that_of_the_paper():
+    x, w = torch.tensor([1.0, 100.0, 4.0]), torch.tensor([0.5, 0.25, 1.0])
+    ours = _scale(x, w, 0.7)
+    wanted = x.double() ** 0.7 / w.double() ** 0.3
+    assert torch.allclose(ours.double() / ours[0], wanted / wanted[0], rtol=1e-5)
+    assert ours.log().sum().abs() < 1e-5
+
+
+def test_minilm_gains_three_decibels_at_least(tmp_path):
+    model, given = zoo.minilm(), zoo.rows(zoo.sentences(32, 0))
+    held = zoo.rows(zoo.sentences(8, 1), 8)
+    plain, smooth = (
+        graphq.compare(
+            model,
+            graphq.quantize(model, c, given, dynamic_shapes="batch+sequence", progress=False),
+            held,
+            per_op=False,
+        ).sqnr
+        for c in ("int8", "int8_smoothquant")
+    )
+    assert smooth > 20 and smooth > plain + 3
+
+
+def test_a_saved_graph_continues_where_it_was(tmp_path):
+    model = Block(True).eval()
+    graph = calibrated(model, "int8_smoothquant")
+    loaded = graphq.load(graphq.save(graph, tmp_path / "g"), model)
+    x = data()[0]
+    assert torch.equal(loaded(x), graph(x))
+    assert torch.equal(graphq.convert(loaded)(x), graphq.convert(graph)(x))
+
+
+def test_two_targets_are_smoothed_alike():
+    both = graphq.prepare(Block(True).eval(), SMOOTH, (data()[0],), target=["onnxruntime", "tensorrt"])
+    graphq.calibrate(both, data(), progress=False)
+    first, second = both.values()
+    assert first.meta[SMOOTHED] == second.meta[SMOOTHED] != []
+    ours = [b for n, b in first.named_buffers() if "smoothing" in n]
+    theirs = [b for n, b in second.named_buffers() if "smoothing" in n]
+    assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_generator_of_data_serves_both_runs():
+    model = Block(True).eval()
+    prepared = graphq.prepare(model, SMOOTH, (data()[0],))
+    graphq.calibrate(prepared, (x for x in data()), progress=False)
+    assert torch.equal(graphq.convert(prepared)(data()[0]), graphq.convert(calibrated(model, SMOOTH))(data()[0]))
+
+
+def test_unknown_algorithms_and_arguments_are_named():
+    for algorithm, message in (
+        ("smothquant", "smoothquant"),
+        (Algorithm(name="smoothquant", args={"alfa": 1}), "alpha"),
+    ):
+        config = SMOOTH.model_copy(update={"algorithms": (Algorithm.model_validate(algorithm),)})
+        with pytest.raises(ConfigError, match=message):
+            graphq.prepare(Block(True), config, (data()[0],))
+    wild = SMOOTH.model_copy(update={"algorithms": (Algorithm(name="smoothquant", args={"alpha": 3}),)})
+    with pytest.raises(ConfigError, match="0 to 1"):
+        calibrated(Block(True).eval(), wild)
+
+
+def test_samples_are_bounded_and_ranges_are_of_all_rows():
+    samples, rows = RowSamples(most=64), torch.randn(1000, 5)
+    for part in rows.split(37):
+        samples(part)
+    assert 16 <= len(samples.rows) <= 64 and samples.count == 1000
+    assert torch.equal(samples.lowest, rows.amin(0)) and torch.equal(samples.highest, rows.amax(0))
+    assert all((rows == r).all(1).any() for r in samples.rows)

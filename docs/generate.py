@@ -17,7 +17,7 @@ from graphq.lint.fix import FIXES
 from graphq.lint.rules import RULES
 from graphq.numerics.formats import FORMATS
 from graphq.observers import OBSERVERS
-from graphq.passes.targets import get_target, onnxruntime, openvino, tensorrt
+from graphq.passes.targets import get_target, onnxruntime, openvino, tensorrt, torch_compile
 
 HERE = Path(__file__).parent
 
@@ -67,7 +67,8 @@ def target(name, module) -> str:
     kernels = "\n".join(rows)
     weight_only = get_target(name).weight_only
     packed = "\n".join(f"| {f} | {k.name} |" for f, ks in weight_only.items() for k in ks)
-    kernels += f"\n\n## Kernels for weights beside float inputs\n\n| ops | kernel |\n|---|---|\n{packed}"
+    if packed:
+        kernels += f"\n\n## Kernels for weights beside float inputs\n\n| ops | kernel |\n|---|---|\n{packed}"
     return f"{head}\n\n## Kernels\n\n{kernels}\n\n## What stays float, and why\n\n| ops | why |\n|---|---|\n{reasons}\n"
 
 
@@ -111,6 +112,7 @@ PAGES = {
     "configuration.md": configuration,
     "target-onnxruntime.md": lambda: target("onnxruntime", onnxruntime),
     "target-openvino.md": lambda: target("openvino", openvino),
+    "target-torch_compile.md": lambda: target("torch_compile", torch_compile),
     "target-tensorrt.md": lambda: target("tensorrt", tensorrt),
     "pattern-language.md": pattern_language,
     "formats.md": lambda: formats.page((HERE / "formats.head.md").read_text()),

@@ -16,6 +16,7 @@ from graphq.calibration.calibrate import calibrate_graphs
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError, TargetError
 from graphq.export.onnx import export_onnx, metadata_of, name_nodes
+from graphq.export.program import export_program
 from graphq.graph.capture import capture as capture_graph
 from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
@@ -222,17 +223,20 @@ def export(graph: fx.GraphModule, path: str | Path) -> Path: ...
 @overload
 def export(graph: Graphs, path: str | Path) -> dict[str, Path]: ...
 def export(graph: fx.GraphModule | Graphs, path: str | Path) -> Path | dict[str, Path]:
-    """Lower a converted graph to its target's form and write it: an ONNX QDQ model for "onnxruntime".
+    """Lower a converted graph to its target's form and write it: an ONNX model, or for "torch_compile" a .pt2 program.
 
     A captured graph is written too, as the float model to compare with. The graphs of several targets become
     model.onnxruntime.onnx, model.tensorrt.onnx, … for the path model.onnx.
     """
     if isinstance(graph, dict):
-        return {name: export(gm, Path(path).with_suffix(f".{name}{Path(path).suffix}")) for name, gm in graph.items()}
+        suffixes = {name: f".{name}{gm.meta['graphq_target'].suffix}" for name, gm in graph.items()}
+        return {name: export(gm, Path(path).with_suffix(suffixes[name])) for name, gm in graph.items()}
     if stage_of(graph) == "captured":
         return export_onnx(name_nodes(fork(graph)), path, {"graphq.config": "float"})
     _expect(graph, "converted", "export", "Call graphq.convert on the calibrated graph first.")
     target: Target = graph.meta["graphq_target"]
+    if target.suffix == ".pt2":
+        return export_program(target.lowering(graph), path)
     return export_onnx(target.lowering(graph), path, metadata_of(graph), target.translations)
 
 

@@ -80,7 +80,7 @@ def _finite(value: Any) -> Any:
 def quantize(
     model: ModelArg,
     calibration: DataOption,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write: .onnx, or .pt2")],
     config: ConfigOption = "int8",
     target: TargetsOption = ["onnxruntime"],  # noqa: B006  (typer copies it)
     cpu: CpuOption = "auto",

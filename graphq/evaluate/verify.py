@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError, RuntimeMismatch
 from graphq.evaluate.blame import cause
+from graphq.evaluate.inductor import compile_program, load_program
 from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import Taps, load_model, session
@@ -84,7 +85,7 @@ class Verification:
     output_sqnr: float = float("inf")  # dB, simulation against a default session, end to end
     kernels_sqnr: float = float("inf")  # dB, the same with the float ops between the kernels left to the runtime
     floats_sqnr: float = float("inf")  # dB, outputs of the simulation on the runtime's own codes
-    executed_sqnr: float | None = None  # dB, simulation against OpenVINO, end to end, where that is the target
+    executed_sqnr: float | None = None  # dB, simulation against OpenVINO or torch.compile, where that is the target
     floor_sqnr: float = float("inf")  # dB, a session without optimizations against the default session
     same_as_default_session: bool = True
 
@@ -133,6 +134,8 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     Files for other runtimes are taken at their word: without an optimizer, op by op; those for OpenVINO are also run by
     it, end to end.
     """
+    if converted.meta["graphq_target"].executor == "inductor":
+        return _verify_program(converted, path, data)
     model = load_model(path)
     target = converted.meta["graphq_target"]
     simulation, optimize = target.reference(converted), target.executor == "onnxruntime"
@@ -186,6 +189,23 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     if executor is not None:
         result.executed_sqnr = _worst(runs["executed"], runs["simulation"])
     return result
+
+
+def _verify_program(converted: fx.GraphModule, path: str | Path, data: Any) -> Verification:
+    """The program of a file as it is written and as torch.compile runs it, against the simulation."""
+    program, compiled = load_program(path).module(), compile_program(path)
+    simulation = converted.meta["graphq_target"].reference(converted)
+    runs: dict[str, list[list[Tensor]]] = {k: [] for k in ("simulation", "program", "compiled")}
+    for number, (args, kwargs) in enumerate(batches_of(data)):
+        check_batch(converted, args, kwargs, number)
+        with torch.no_grad():
+            for name, run in (("simulation", simulation), ("program", program), ("compiled", compiled)):
+                runs[name].append(flat_outputs(run(*args, **kwargs)))
+    if not runs["program"]:
+        raise CalibrationError("there is no data to verify with", remedy="Give an iterable of batches.")
+    written = _worst(runs["program"], runs["simulation"])
+    executed = _worst(runs["compiled"], runs["simulation"])
+    return Verification(output_sqnr=written, floats_sqnr=written, kernels_sqnr=written, executed_sqnr=executed)
 
 
 def _at_run_time(quantize: fx.Node) -> bool:

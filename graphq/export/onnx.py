@@ -66,7 +66,7 @@ def export_onnx(
     Weights go to `path`.data when the file would pass 2 GiB.
     Raises ExportError if the path cannot be written or the model does not pass onnx.checker.
     """
-    path = _writable(Path(path))
+    path = writable(Path(path))
     model = to_onnx(
         lowered,
         example_of(lowered),
@@ -94,9 +94,11 @@ def export_onnx(
     return path
 
 
-def _writable(path: Path) -> Path:
-    if path.suffix != ".onnx":
-        raise ExportError(f"{path.name!r} does not end in .onnx", where=str(path), remedy="Name the file model.onnx.")
+def writable(path: Path, suffix: str = ".onnx") -> Path:
+    """The path, if a file of that kind can be written there. Raises ExportError."""
+    if path.suffix != suffix:
+        what = f"{path.name!r} does not end in {suffix}"
+        raise ExportError(what, where=str(path), remedy=f"Name the file model{suffix}.")
     if not path.parent.is_dir():
         raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):

@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphq.errors import StateError, did_you_mean
+from graphq.evaluate.inductor import FoundInInductor
 from graphq.evaluate.openvino import FoundInOpenVino
 from graphq.evaluate.taps import load_model, optimized_model
 from graphq.graph.decision import Decision, decision_of
@@ -87,9 +88,15 @@ def explain(gm: fx.GraphModule, onnx_path: str | Path | None = None) -> Explanat
     where the target's runtime is on this machine."""
     target = gm.meta.get("graphq_target")
     here = onnx_path is not None and (target is None or bool(target.executor))
-    found: _Found | FoundInOpenVino | None = None
+    found: _Found | FoundInOpenVino | FoundInInductor | None = None
     if onnx_path is not None and here:
-        found = FoundInOpenVino(onnx_path) if target and target.executor == "openvino" else _Found(gm, onnx_path)
+        executor = target.executor if target else ""
+        if executor == "openvino":
+            found = FoundInOpenVino(onnx_path)
+        elif executor == "inductor":
+            found = FoundInInductor(gm, onnx_path)
+        else:
+            found = _Found(gm, onnx_path)
     rows = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or is_quantization(node):

@@ -74,7 +74,7 @@ def verification_line(v: Verification) -> str:
         worst = min(p.sqnr for p in v.products)
         parts.append(f"{len(v.products)} products with packed weights equal to {db(worst)}")
     if v.executed_sqnr is not None:
-        parts.append(f"OpenVINO gives what was simulated to {db(v.executed_sqnr)}")
+        parts.append(f"the runtime gives what was simulated to {db(v.executed_sqnr)}")
     return (
         f"{head}: {'; '.join(parts)}; float ops on the runtime's codes {db(v.floats_sqnr)}; end to end: kernels alone "
         f"{db(v.kernels_sqnr)}, with float ops in torch {db(v.output_sqnr)} (the runtime against itself without its "

@@ -4,7 +4,7 @@ import inspect
 
 from graphq.errors import TargetError, did_you_mean
 
-from . import onnx, onnxruntime, openvino, simulation, tensorrt
+from . import onnx, onnxruntime, openvino, simulation, tensorrt, torch_compile
 from .table import TARGETS, Kernel, Target
 
 
@@ -21,4 +21,15 @@ def get_target(target: Target | str, **options: str) -> Target:
     return TARGETS[target](**options)
 
 
-__all__ = ["TARGETS", "Kernel", "Target", "get_target", "onnx", "onnxruntime", "openvino", "simulation", "tensorrt"]
+__all__ = [
+    "TARGETS",
+    "Kernel",
+    "Target",
+    "get_target",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "simulation",
+    "tensorrt",
+    "torch_compile",
+]

@@ -77,6 +77,7 @@ class Target:
     symmetric_only: activations have zero point 0 and signed codes; affine specs are taken for their symmetric forms.
     refuses: why no kernel takes the specs of a scheme together, or None.
     executor: whose optimizer `verify` and `explain` ask on this machine; "": none, files are taken at their word.
+    suffix: of the files that it reads: ONNX models, or programs of torch.export.
     saturates: its u8·s8 kernels add adjacent products in saturating int16, and weights are to be chosen so that none
         does (`cpu` says which machine was meant). even_channels: they fill up an odd number of input channels, so that
         no pair crosses from one kernel position to the next.
@@ -101,7 +102,8 @@ class Target:
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     symmetric_only: bool = False
     refuses: Callable[[Scheme], str | None] = lambda scheme: None
-    executor: Literal["onnxruntime", "openvino", ""] = ""
+    executor: Literal["onnxruntime", "openvino", "inductor", ""] = ""
+    suffix: Literal[".onnx", ".pt2"] = ".onnx"
     even_channels: bool = False
 
     def fit(self, scheme: Scheme) -> Scheme:

@@ -17,6 +17,7 @@ from graphq.evaluate.taps import load_model, optimized_model
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.ops import QUANTIZE, is_quantization
 from graphq.graph.view import LayerView
+from graphq.report.cost import shares
 
 INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "DynamicQuantizeMatMul", "ConvInteger")
 SAME_MOVE = {  # an op that only moves data may be written in several ways
@@ -28,7 +29,8 @@ SAME_MOVE = {  # an op that only moves data may be written in several ways
 @dataclass
 class Row:
     """One op. predicted: the kernel by the target's table, "float" without an integer one. found: the op in ONNX
-    Runtime's optimized model that makes the same tensor, "fused" where no node of its own is left."""
+    Runtime's optimized model that makes the same tensor, "fused" where no node of its own is left. share: of the
+    estimated time of the whole model, 0 to 1 (see `graphq.report.cost`)."""
 
     layer: str
     op: str
@@ -40,6 +42,7 @@ class Row:
     found: str
     rule: str
     reason: str
+    share: float = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -119,6 +122,10 @@ def explain(gm: fx.GraphModule, onnx_path: str | Path | None = None) -> Explanat
                 reason=decision.reason,
             )
         )
+    parts = shares(n for n in gm.graph.nodes if decision_of(n) is not None and n.op == "call_function")
+    by_name = {n.name: part for n, part in parts.items()}
+    for row in rows:
+        row.share = by_name[row.node]
     return Explanation(rows)
 
 

@@ -22,7 +22,7 @@ def explanation_table(explanation: Explanation, *, every: bool = False) -> Table
     """A row per op; shape computations only with `every`."""
     table = Table(title="what was decided, and why", title_justify="left", show_lines=False)
     checked = any(r.found for r in explanation.rows)
-    for name in ("layer", "op", "decision", "kernel", *(("found",) if checked else ()), "reason", "rule"):
+    for name in ("layer", "op", "decision", "kernel", *(("found",) if checked else ()), "cost", "reason", "rule"):
         table.add_column(name, overflow="fold")
     for r in explanation.rows:
         if r.action == "skip" and not every:
@@ -31,7 +31,9 @@ def explanation_table(explanation: Explanation, *, every: bool = False) -> Table
         colour = {"quantize": "[green]", "fuse": "[green]", "carry": "[green]", "weight_only": "[cyan]"}.get(
             r.action, ""
         )
-        table.add_row(r.layer or "(model)", r.op, colour + r.action, r.predicted, *found, r.reason, r.rule)
+        table.add_row(
+            r.layer or "(model)", r.op, colour + r.action, r.predicted, *found, f"{r.share:.1%}", r.reason, r.rule
+        )
     return table
 
 

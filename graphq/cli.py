@@ -20,7 +20,7 @@ from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
-from graphq.errors import ExportError, GraphqError, TargetError
+from graphq.errors import ExportError, GraphqError, TargetError, did_you_mean
 from graphq.evaluate.compare import Comparison, OutputMetrics
 from graphq.evaluate.compare import compare as compare_graphs
 from graphq.evaluate.latency import measure, random_feed
@@ -29,7 +29,7 @@ from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of, flat_outputs, verify
 from graphq.graph.invariants import checking
 from graphq.loading import load_data, load_model
-from graphq.passes.targets import Target, get_target
+from graphq.passes.targets import Target, get_target, options_of
 from graphq.report.explain import explain as explain_graph
 from graphq.report.html import report
 from graphq.report.tables import comparison_table, explanation_table, latency_table, verification_line
@@ -96,7 +96,7 @@ def quantize(
 
     Several targets share one calibration; model.onnx becomes model.onnxruntime.onnx, model.tensorrt.onnx, …
     """
-    settings, places = QuantConfig.load(config), [_target(t, cpu, option) for t in target]
+    settings, places = QuantConfig.load(config), _targets(target, cpu, option)
     for path in filter(None, (output, float_onnx, html)):
         if not path.parent.is_dir():
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
@@ -130,16 +130,30 @@ def quantize(
         raise typer.Exit(1)
 
 
-def _target(name: str, cpu: str, options: Sequence[str] = ()) -> Target:
-    given = dict(o.split("=", 1) for o in options if "=" in o)
-    if len(given) < len(options):
-        raise TargetError("an option of a target is written key=value", remedy="--option form=qoperator")
-    parsed = {key: yaml.safe_load(value) for key, value in given.items()}
-    return get_target(name, **(parsed if cpu == "auto" else {**parsed, "cpu": cpu}))
+def _targets(names: Sequence[str], cpu: str, options: Sequence[str] = ()) -> list[Target]:
+    """Every target with those of the options that it has. Raises TargetError for an option that none has."""
+    given: dict[str, Any] = {} if cpu == "auto" else {"cpu": cpu}
+    for option in options:
+        key, sign, value = option.partition("=")
+        if not sign:
+            raise TargetError("an option of a target is written key=value", remedy="--option form=qoperator")
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise TargetError(f"{value!r} is no value", where=f"--option {option}", remedy="--option key=value") from e
+    known = {name: options_of(name) for name in names}
+    for key in given:
+        if not any(key in k for k in known.values()):
+            every = [o for k in known.values() for o in k]
+            raise TargetError(
+                f"{key!r} is no option of {', '.join(names)}", remedy=did_you_mean(key, every or ["none"])
+            )
+    return [get_target(n, **{k: v for k, v in given.items() if k in known[n]}) for n in names]
 
 
 def _summary(kernels: dict[str, int], quality: Comparison, target: Target) -> Table:
-    where = "found in ONNX Runtime" if target.executor else f"predicted for {target.name}"
+    runtimes = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "inductor": "torch.compile"}
+    where = f"found in {runtimes[target.executor]}" if target.executor else f"predicted for {target.name}"
     title = f"kernels {where} — SQNR {quality.sqnr:.1f} dB, agreement {quality.agreement:.3f} on calibration samples"
     table = Table("kernel", "ops", title=title, title_justify="left")
     for kernel, count in kernels.items():
@@ -156,13 +170,14 @@ def explain(
     config: ConfigOption = "int8",
     target: TargetOption = "onnxruntime",
     cpu: CpuOption = "auto",
+    option: OptionOption = [],  # noqa: B006
     dynamic: DynamicOption = "batch",
     every: Annotated[bool, typer.Option("--all", help="Also shape computations")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say for every op what is decided, by which rule and why, and which kernel computes it."""
     data = load_data(calibration, model, samples=1)
-    place = _target(target, cpu)
+    [place] = _targets([target], cpu, option)
     graph = api.quantize(load_model(model), config, data, target=place, dynamic_shapes=_shapes(dynamic), progress=False)
     explanation = explain_graph(graph, onnx)
     if layer is not None:

@@ -28,6 +28,7 @@ from graphq.errors import ExportError, LoadError, StateError
 from graphq.graph.capture import Example, example_of
 from graphq.graph.decision import decision_of
 from graphq.graph.passes import Pipeline
+from graphq.graph.several import expect_one
 from graphq.graph.view import set_parameter
 from graphq.passes.targets import Target, get_target
 from graphq.qat import FOLDED, TRAINED, make_trainable, own_tensors, qat
@@ -43,6 +44,7 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
 
     Raises StateError for other graphs, ExportError where the folder cannot be written.
     """
+    expect_one(graph, "save")
     folder = Path(folder)
     if stage_of(graph) not in ("prepared", "calibrated", "converted") or FOLDED in graph.meta:
         raise StateError(
@@ -137,9 +139,9 @@ def _device(model: Model) -> torch.device:
 
 def _at_stage(gm: fx.GraphModule, about: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
     """Bring a prepared graph to the stage that was saved; values are filled in afterwards."""
+    place_scales(gm, about.get("smoothed", []))
     if about["stage"] == "prepared":
         return gm
-    place_scales(gm, about.get("smoothed", []))
     gm = own_tensors(gm)
     for name, quantizer in quantizers(gm).items():
         _restore(quantizer, name, tensors)

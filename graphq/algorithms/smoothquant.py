@@ -50,7 +50,11 @@ def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Li
     """alpha: how much of the difficulty moves from activations to weights, 0 to 1, or "search"."""
     if alpha != "search" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise ConfigError(f"alpha is a number from 0 to 1 or 'search', not {alpha!r}", where="smoothquant")
-    first, found = graphs[0], {g.source.name: g for g in groups(graphs[0])}
+    if any(SMOOTHED in gm.meta for gm in graphs):
+        return  # by a calibration that failed later on: the function is the same, the scales are as good
+    every = [{g.source.name: g for g in groups(gm)} for gm in graphs]
+    first = graphs[0]
+    found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
     seen = {name: RowSamples() for name in found}
     if not found:
         return
@@ -65,19 +69,25 @@ def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Li
             scale = _scale(seen[name].largest, _weights_largest(first, group), float(alpha))
         if scale is not None:
             scales[name] = scale
-    for gm in graphs:
-        for group in groups(gm):
-            if group.source.name in scales:
-                apply_scale(gm, group, scales[group.source.name])
+    folds = {
+        name: all(_folds(gm, g[name], s) for gm, g in zip(graphs, every, strict=True)) for name, s in scales.items()
+    }
+    for gm, named in zip(graphs, every, strict=True):
+        for name, scale in scales.items():
+            apply_scale(gm, named[name], scale, fold=folds[name])
+        gm.meta[SMOOTHED] = [[name, folds[name]] for name in scales]
         finish(gm)
 
 
-def place_scales(gm: fx.GraphModule, sources: Sequence[str]) -> None:
-    """Scales of one for the groups of these tensors: their values come from a file."""
-    for group in groups(gm):
-        if group.source.name in sources:
-            apply_scale(gm, group, torch.ones_like(_weights(gm, group)[0][0]))
-    finish(gm)
+def place_scales(gm: fx.GraphModule, smoothed: Sequence[tuple[str, bool]]) -> None:
+    """Scales of one for the groups of these tensors, folded or not: their values come from a file."""
+    found = {g.source.name: g for g in groups(gm)}
+    for name, fold in smoothed:
+        if name in found:
+            apply_scale(gm, found[name], torch.ones_like(_weights(gm, found[name])[0][0]), fold=fold)
+    if smoothed:
+        gm.meta[SMOOTHED] = [list(s) for s in smoothed]
+        finish(gm)
 
 
 def groups(gm: fx.GraphModule) -> list[Group]:
@@ -150,7 +160,7 @@ def _rounded_weight(weight: Tensor, spec: QuantSpec | None) -> Tensor:
     return fake_quantize(weight, scale, zero, block, spec.number_format, narrow_range=spec.narrow_range)
 
 
-def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor) -> None:
+def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) -> None:
     """Divide the tensor by the scale [in], in its norm or by a multiplication, and multiply the weights by it."""
     for node in group.linears:
         decision = decision_of(node)
@@ -159,10 +169,10 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor) -> None:
         assert weight is not None and call is not None
         decision.weight = _replace(gm, decision.weight, call, weight.detach() * scale, "smoothed")
         decision.reason += "; smoothed"
-    folded = _fold(gm, group, scale)
-    if not folded:
+    if fold:
+        _fold(gm, group, scale)
+    else:
         _multiply(gm, group, 1 / scale)
-    gm.meta.setdefault(SMOOTHED, []).append(group.source.name)
 
 
 def _replace(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:
@@ -174,20 +184,27 @@ def _replace(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, su
     return new
 
 
-def _fold(gm: fx.GraphModule, group: Group, scale: Tensor) -> bool:
-    """Divide weight and bias of the norm that makes the tensor, if nothing but the group reads it."""
+def _folds(gm: fx.GraphModule, group: Group, scale: Tensor) -> bool:
+    """Is the tensor made by a norm with a weight that can take the scale in, and read by nothing but the group?"""
     norm = group.source
     if family_of(norm.target) not in NORMS or len(norm.users) > 1:
         return False
+    tensors = [parameter(gm, r) for r in _norm_reads(gm, norm)]
+    has_weight = LayerView(gm, norm).arg("weight") is not None
+    return has_weight and all(t is not None and t.shape == scale.shape for t in tensors)
+
+
+def _norm_reads(gm: fx.GraphModule, norm: fx.Node) -> list[fx.Node]:
     view = LayerView(gm, norm)
-    reads = [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
-    tensors = [parameter(gm, r) for r in reads]
-    if view.arg("weight") is None or any(t is None or t.shape != scale.shape for t in tensors):
-        return False
-    for read, tensor in zip(reads, tensors, strict=True):
+    return [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
+
+
+def _fold(gm: fx.GraphModule, group: Group, scale: Tensor) -> None:
+    """Divide weight and bias of the norm."""
+    for read in _norm_reads(gm, group.source):
+        tensor = parameter(gm, read)
         assert tensor is not None
-        _replace(gm, read, norm, tensor.detach() / scale, "smoothed")
-    return True
+        _replace(gm, read, group.source, tensor.detach() / scale, "smoothed")
 
 
 def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
@@ -195,7 +212,10 @@ def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
     name = f"{base}.smoothing" if base else "smoothing"
     with gm.graph.inserting_before(group.call):
         read = gm.graph.get_attr(set_parameter(gm, name, factor))
-        product = gm.graph.call_function(torch.ops.aten.mul.Tensor, (group.source, read))
+        made = (group.source, read)  # named after its source: in the graphs of several targets it is the same tensor
+        product = gm.graph.create_node(
+            "call_function", torch.ops.aten.mul.Tensor, made, name=f"{group.source.name}_smoothed"
+        )
     read.meta = {"val": factor}
     product.meta = {k: v for k, v in group.source.meta.items() if k in ("val", "nn_module_stack")}
     product.meta[DECISION] = Decision("float", "divides by the scales of smoothquant", rule="algorithm smoothquant")

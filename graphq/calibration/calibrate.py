@@ -53,7 +53,7 @@ def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: b
 
 def _again(data: Any) -> Any:
     """Data that can be gone through more than once."""
-    return data if callable(data) or iter(data) is not data else list(data)
+    return list(data) if hasattr(data, "__next__") else data
 
 
 def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
@@ -81,7 +81,7 @@ class _Statistics:
 
     def watchers(self) -> Iterator[tuple[str, nn.Module]]:
         """(name of the tensor, module that sees it)."""
-        yield from ((n.name, w) for n, w in self.means.items())
+        yield from ((n.name, w) for (n, _), w in self.means.items())
         yield from ((n.name, w) for (n, _), w in self.importance.items())
 
     def activations(self) -> Iterator[tuple[str, TensorQuantizer]]:

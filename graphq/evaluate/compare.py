@@ -16,6 +16,7 @@ from graphq.evaluate.verify import flat_inputs, flat_outputs
 from graphq.graph.capture import capture, example_of
 from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
+from graphq.graph.several import expect_one
 from graphq.graph.view import LayerView
 
 
@@ -102,6 +103,7 @@ def compare(model: Any, quantized: fx.GraphModule, data: Any, *, per_op: bool = 
     The model is traced again, and its graph is the reference: eager modules may take other paths than their graphs.
     per_op: also the SQNR of every op.
     """
+    expect_one(quantized, "compare")
     reference = _float_graph(model, quantized)
     names = _names(quantized) if per_op else set()
     metrics, errors = OutputMetrics(), dict[str, list[float]]()

@@ -67,7 +67,6 @@ class FoundInInductor:
                 if node.op == "call_function" and kind is not None and "prepack" not in node.name and name:
                     ends[name] = KERNELS[kind]
 
-        torch._dynamo.reset()
         example = example_of(gm)
         compile_program(path, spy)(*example.args, **example.kwargs)
         self.made: dict[str, str] = {}

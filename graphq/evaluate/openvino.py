@@ -31,7 +31,9 @@ class OpenVino:
             self.compiled: Any = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except RuntimeError as e:
             raise RuntimeMismatch(
-                f"OpenVINO refuses this file: {str(e).splitlines()[-1][:200]}", where=str(path), remedy="Report it."
+                f"OpenVINO refuses this file: {' '.join(str(e).split())[-300:]}",
+                where=str(path),
+                remedy="Export the float model: if that is refused too, it is an op of the model that OpenVINO lacks.",
             ) from e
 
     def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:

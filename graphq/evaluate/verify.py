@@ -36,6 +36,7 @@ from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.integer_ops import name_in_file
 from graphq.graph.nbits_ops import MATMUL_NBITS
 from graphq.graph.ops import QUANTIZE
+from graphq.graph.several import expect_one
 from graphq.numerics.affine import sqnr
 
 PRODUCTS = (MATMUL_NBITS, DYNAMIC_QGEMM)  # with float inputs and results
@@ -134,6 +135,7 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     Files for other runtimes are taken at their word: without an optimizer, op by op; those for OpenVINO are also run by
     it, end to end.
     """
+    expect_one(converted, "verify")
     if converted.meta["graphq_target"].executor == "inductor":
         return _verify_program(converted, path, data)
     model = load_model(path)

@@ -137,7 +137,9 @@ def _opset(gm: fx.GraphModule) -> int:
 
 def _rename(model: ir.Model, names: dict[str, str], paths: dict[str, str]) -> None:
     """Name values after the graph's nodes, and write the module path on every ONNX node."""
-    kept = {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
+    given = set(names.values())  # an output that torch has named like another node of ours cannot keep that name
+    outputs = [v.name for v in model.graph.outputs if v.name not in given or names.get(str(v.name)) in (None, v.name)]
+    kept = {*(v.name for v in model.graph.inputs), *outputs}
     taken = {v.name for n in model.graph for v in n.outputs} | kept | set(model.graph.initializers)
     renamed: list[tuple[ir.Value, str]] = []
     for node in model.graph:

@@ -37,7 +37,7 @@ def dynamic_qgemm(
     dtype = exact_dtype(codes)
     total = torch.nn.functional.linear(centered.to(dtype), codes.to(dtype))
     if saturating and w.dtype == torch.int8:
-        loss = lost_to_int16((centered + zero).flatten(0, -2).to(dtype), w.t().to(dtype))
+        loss = lost_to_int16((centered + zero).reshape(-1, x.shape[-1]).to(dtype), w.t().to(dtype))
         total = total.double() + loss.reshape(total.shape)
     result = total.float() * (scale * w_scale)
     return result if bias is None else result + bias

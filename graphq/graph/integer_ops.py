@@ -135,7 +135,7 @@ def qgemm(
     dtype = exact_dtype(w)
     total = torch.nn.functional.linear((x.to(torch.int32) - x_zero).to(dtype), w.to(dtype))
     if saturating and _pairs_meet(x, codes):
-        loss = lost_to_int16(x.flatten(0, -2).to(dtype), codes.to(dtype))
+        loss = lost_to_int16(x.reshape(-1, x.shape[-1]).to(dtype), codes.to(dtype))
         total = total.double() + loss.reshape(total.shape)
     if bias is not None:
         total = total.double() + bias.double()

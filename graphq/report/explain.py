@@ -16,6 +16,7 @@ from graphq.evaluate.openvino import FoundInOpenVino
 from graphq.evaluate.taps import load_model, optimized_model
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.ops import QUANTIZE, is_quantization
+from graphq.graph.several import expect_one
 from graphq.graph.view import LayerView
 from graphq.report.cost import shares
 
@@ -89,6 +90,7 @@ class Explanation:
 def explain(gm: fx.GraphModule, onnx_path: str | Path | None = None) -> Explanation:
     """Explain a prepared, calibrated or converted graph; with the exported file also which kernels really run,
     where the target's runtime is on this machine."""
+    expect_one(gm, "explain")
     target = gm.meta.get("graphq_target")
     here = onnx_path is not None and (target is None or bool(target.executor))
     found: _Found | FoundInOpenVino | FoundInInductor | None = None

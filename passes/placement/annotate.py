@@ -60,6 +60,11 @@ def annotate(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
     config.check(views)  # type: ignore[arg-type]
     groups = _find_groups(gm, config, target)
     by_root = {g.root: g for g in groups}
+    for group in groups:
+        if group.kernel is not None and group.kernel.within is not None:
+            within = by_root.get(group.kernel.within(group.match))
+            if within is None or not within.integer:
+                group.reason = group.reason or "the layer that would compute it stays float"
     _settle(groups, by_root)
     for node in gm.graph.nodes:
         if node.op == "call_function":

@@ -18,19 +18,20 @@ from graphq.observers.mean import ChannelMean
 
 from .edges import quantizer_at, quantizer_calls
 
-Watchers = dict[fx.Node, ChannelMean]
+Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read and the axis of its channels
 
 
 def mean_watchers(gm: fx.GraphModule) -> Watchers:
     """A watcher for the input of every op whose bias can be corrected."""
-    return {_source(d): ChannelMean(1 if LayerView(gm, n).family == "conv" else -1) for n, d in _correctable(gm)}
+    keys = dict.fromkeys(_key(gm, n, d) for n, d in _correctable(gm))
+    return {key: ChannelMean(key[1]) for key in keys}
 
 
 def mean_products(gm: fx.GraphModule, watchers: Watchers) -> dict[str, Tensor]:
     """weight · mean input [out] by op, with the weight as it is now: fake-quantized once calibration has frozen it."""
     products = {}
     for node, decision in _correctable(gm):
-        mean = watchers[_source(decision)].mean
+        mean = watchers[_key(gm, node, decision)].mean
         _, call = quantizer_calls(decision)
         weight = parameter(gm, decision.weight)
         if mean is not None and call is not None and weight is not None:
@@ -66,12 +67,12 @@ def _correctable(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
             yield node, decision
 
 
-def _source(decision: Decision) -> fx.Node:
-    """The float tensor that the op reads."""
+def _key(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> tuple[fx.Node, int]:
+    """(the float tensor that the op reads, the axis of its channels)."""
     calls, _ = quantizer_calls(decision)
     source = calls[0].args[0]
     assert isinstance(source, fx.Node)
-    return source
+    return source, 1 if LayerView(gm, node).family == "conv" else -1
 
 
 def _product(view: LayerView, weight: Tensor, mean: Tensor) -> Tensor:

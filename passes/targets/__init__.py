@@ -8,12 +8,17 @@ from . import onnx, onnxruntime, openvino, simulation, tensorrt, torch_compile
 from .table import TARGETS, Kernel, Target
 
 
+def options_of(target: str) -> list[str]:
+    """The options of a target."""
+    return list(inspect.signature(TARGETS[target]).parameters)
+
+
 def get_target(target: Target | str, **options: str) -> Target:
     """A target by name, `get_target("onnxruntime", cpu="avx2")`; raises ConfigError with the nearest names,
     TargetError for options that it does not have."""
     if isinstance(target, Target):
         return target
-    known = inspect.signature(TARGETS[target]).parameters
+    known = options_of(target)
     for option in options:
         if option not in known:
             remedy = did_you_mean(option, known) if known else "It has none."

@@ -199,6 +199,8 @@ def onnxruntime_target(
             f"unknown accuracy_level {accuracy_level!r} of target 'onnxruntime'",
             remedy="0: inputs stay float; 4: they are rounded to int8 in blocks.",
         )
+    if not isinstance(guard, bool):
+        raise TargetError(f"guard is true or false, not {guard!r}", where="target 'onnxruntime'", remedy="guard=False")
     cpu = cpu_named(cpu, "onnxruntime")
     return Target(
         name="onnxruntime",

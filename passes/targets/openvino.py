@@ -14,7 +14,7 @@ from graphq.graph.match import Match
 from ..lowering.explicit_qdq import lower_to_explicit_qdq
 from .onnxruntime import cpu_named
 from .table import TARGETS, Kernel, Target
-from .tensorrt import branches, residual_branch, sum_of_convolution
+from .tensorrt import branches, main_branch, residual_branch, sum_of_convolution
 
 
 def sum_in_place(m: Match) -> str | None:
@@ -32,7 +32,7 @@ KERNELS = {
     "matmul": [Kernel("MatMul", "compute", output="optional")],
     "add": [
         Kernel("Convolution", "compute", output="optional", bias="float", when=sum_in_place,
-               inputs=residual_branch),
+               inputs=residual_branch, within=main_branch),
     ],
 }  # fmt: skip
 

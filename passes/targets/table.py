@@ -31,6 +31,7 @@ class Kernel:
     bias: the form of the bias that the kernel takes.
     when: why this row does not fit a match, or None.
     inputs: the activations that the kernel wants quantized, where it is not all of them.
+    within: the op in whose kernel this one is computed, if that is quantized.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Kernel:
     bias: Bias = "int32"
     when: Callable[[Match], str | None] = lambda m: None
     inputs: Callable[[Match], Sequence[fx.Node]] | None = None
+    within: Callable[[Match], fx.Node] | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.role, Role), (self.output, Output), (self.bias, Bias)):

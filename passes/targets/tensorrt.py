@@ -35,12 +35,17 @@ def residual_branch(m: Match) -> Sequence[fx.Node]:
     return branches(m)[1:]
 
 
+def main_branch(m: Match) -> fx.Node:
+    """The convolution that computes the sum."""
+    return branches(m)[0]
+
+
 def branches(m: Match) -> list[fx.Node]:
     """(the convolution, the residual branch) of a sum; of two convolutions the one with more ops before it since the
     branches parted computes the sum. Empty where neither is one."""
     operands = [v.node for v in (m.a, m.b) if isinstance(v, LayerView)]
     convs = [n for n in operands if family_of(n.target) == "conv" and len(n.users) == 1]
-    if not convs or len(operands) < 2:
+    if not convs or len(set(operands)) < 2:
         return []
     main = convs[0] if len(convs) == 1 else _longer(*operands)
     return [main, next(n for n in operands if n is not main)]
@@ -92,7 +97,7 @@ KERNELS = {
     "linear": [Kernel("MatrixMultiply", "compute", output="optional", bias="float")],
     "add": [
         Kernel("Convolution with sum", "compute", output="optional", bias="float", when=sum_of_convolution,
-               inputs=residual_branch),
+               inputs=residual_branch, within=main_branch),
     ],
 }  # fmt: skip
 

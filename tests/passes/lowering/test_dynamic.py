@@ -15,6 +15,7 @@ import zoo
 from graphq.errors import TargetError
 from graphq.graph.dynamic_ops import dynamic_uint8
 from graphq.lint import lint
+from graphq.passes.targets.onnxruntime import saturates_here
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,11 @@ def dynamic_quantize_linear():
 
 
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 2**31), low=st.floats(-8, 8), width=st.sampled_from([0.0, 1e-6, 1.0, 700.0]))
+@given(
+    seed=st.integers(0, 2**31),
+    low=st.sampled_from([0.0, 1e-6, -1e-6]) | st.floats(1e-3, 8) | st.floats(-8, -1e-3),
+    width=st.sampled_from([0.0, 1e-6, 1.0, 700.0]),
+)
 def test_scale_zero_point_and_codes_are_those_of_onnx_runtime(dynamic_quantize_linear, seed, low, width):
     x = (np.random.default_rng(seed).random(51) * width + low).astype(np.float32)
     codes, scale, zero = dynamic_quantize_linear.run(None, {"x": x})
@@ -62,6 +67,29 @@ def test_minilm_runs_all_its_linears_on_the_dynamic_kernel(tmp_path):
     assert linears and {r.found for r in linears} == {"DynamicQuantizeMatMul"} and not explanation.disagreements
     assert graphq.verify(quantized, path, data[:1]).agrees
     assert graphq.compare(model, quantized, data, per_op=False).sqnr > 14
+
+
+@pytest.mark.parametrize("ignore", ["0", "4"])
+def test_float_linears_beside_dynamic_ones_keep_their_names(ignore, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    config = graphq.presets.CONFIGS["int8_dynamic"].model_copy(update={"ignore": (ignore,)})
+    data = [torch.randn(3, 16) for _ in range(2)]
+    quantized = graphq.quantize(model, config, data, progress=False)
+    path = graphq.export(quantized, tmp_path / "m.onnx")
+    assert graphq.verify(quantized, path, data).agrees and not graphq.explain(quantized, path).disagreements
+
+
+@pytest.mark.parametrize("config", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("options", [{}, {"form": "qoperator"}, {"cpu": "avx2", "guard": False}])
+def test_vectors_without_a_batch(config, options, tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16, bias=False)), [torch.randn(16)]
+    place = graphq.get_target("onnxruntime", **options)
+    quantized = graphq.quantize(model.eval(), config, data, target=place, dynamic_shapes=None, progress=False)
+    place.reference(quantized)(data[0])
+    path = graphq.export(quantized, tmp_path / "m.onnx")
+    assert saturates_here() is not (options.get("cpu") == "avx2") or graphq.verify(quantized, path, data).agrees
 
 
 def test_other_ops_stay_float_and_say_why():

@@ -67,6 +67,29 @@ def test_layers_that_share_a_bias_get_one_each():
     assert len(biases) == 2
 
 
+@pytest.mark.parametrize("width", [8, 10])
+def test_a_convolution_and_a_linear_that_read_one_tensor_have_means_of_their_own_axes(width):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.linear = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Linear(width, 4)
+
+        def forward(self, x):
+            h = torch.relu(self.stem(x))
+            return self.conv(h), self.linear(h)
+
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 6, width)
+    errors = {}
+    model = Both().eval()
+    with torch.no_grad():
+        for correct in (False, True):
+            outputs = calibrated(model, x, correct)(x)
+            pairs = zip(outputs, model(x), ((0, 2, 3), (0, 1, 2)), strict=True)
+            errors[correct] = [(a - b).mean(axes).abs().max() for a, b, axes in pairs]
+    assert all(after < before / 3 for before, after in zip(errors[False], errors[True], strict=True))
+
+
 def test_the_graph_has_no_watchers_left_and_the_model_keeps_its_bias():
     layer = nn.Linear(8, 6)
     before = layer.bias.detach().clone()

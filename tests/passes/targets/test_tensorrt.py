@@ -8,7 +8,7 @@ from torch import nn
 
 import graphq
 import zoo
-from graphq.errors import TargetError
+from graphq.errors import StateError, TargetError
 from graphq.lint import lint
 
 
@@ -144,6 +144,32 @@ def test_two_machines_of_one_runtime_get_names_of_their_own():
     places = [graphq.get_target("onnxruntime", cpu=c) for c in ("avx2", "vnni")]
     prepared = graphq.prepare(nn.Linear(8, 8), "int8", (torch.randn(2, 8),), target=places)
     assert list(prepared) == ["onnxruntime-avx2", "onnxruntime-vnni"]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "openvino"])
+def test_a_tensor_added_to_itself_and_a_sum_behind_a_float_convolution_stay_float(target):
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            y = self.a(x)
+            z = torch.relu(y + y)
+            return self.c(torch.relu(self.b(torch.relu(z)) + z))
+
+    config = graphq.presets.CONFIGS["int8"].model_copy(update={"ignore": ("b",)})
+    prepared = graphq.prepare(Sums(), config, (torch.randn(2, 4, 6, 6),), target=target)
+    sums = [r for r in graphq.explain(prepared).rows if r.op.startswith("add")]
+    assert [r.action for r in sums] == ["float", "float"]
+    assert sums[1].reason == "the layer that would compute it stays float"
+
+
+def test_functions_of_one_graph_say_which_to_give():
+    both = graphq.prepare(nn.Linear(8, 8), "int8", (torch.randn(2, 8),), target=["onnxruntime", "tensorrt"])
+    for call in (graphq.explain, lambda g: graphq.save(g, "nowhere"), lambda g: graphq.verify(g, "m.onnx", [])):
+        with pytest.raises(StateError, match="takes one graph"):
+            call(both)
 
 
 def test_options_that_a_target_does_not_have_are_named():

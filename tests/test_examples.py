@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["cnn", "text_encoder", "fx_traced", "own_pass"])
+@pytest.mark.parametrize("name", ["cnn", "text_encoder", "fx_traced", "own_pass", "several_targets"])
 def test_example(name):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")], capture_output=True, text=True, cwd=ROOT / "examples"

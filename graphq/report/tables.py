@@ -67,7 +67,7 @@ def verification_line(v: Verification) -> str:
     if first is not None:
         head += f" first at {first.name} ({first.kernel}, {first.largest} LSB: {first.cause})"
     parts = []
-    if v.tensors or not v.products:
+    if v.tensors or not (v.products or v.executed_sqnr is not None):
         parts.append(
             f"{v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at most "
             f"{v.largest} LSB"

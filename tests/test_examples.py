@@ -17,6 +17,9 @@ def test_example(name):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "DIFFERENT" not in done.stdout and "DIVERGES" not in done.stdout
+    if name == "several_targets":
+        assert done.stdout.count("\n0 kernels are others than predicted") == 4
+        assert "'QLinearConv': 49" in done.stdout and done.stdout.count("lint finds nothing") == 2
 
 
 def test_examples_fit_a_screen():

@@ -54,8 +54,7 @@ def test_a_qoperator_file_gives_the_references_integers(name, shapes, guard, tmp
     assert kinds & {"QLinearConv", "QGemm", "MatMulIntegerToFloat"} and not kinds & {"Conv", "Gemm", "MatMul"}
 
 
-@pytest.mark.parametrize("model", ["efficientnet", "minilm"])
-@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize(("model", "guard"), [("efficientnet", False), ("minilm", True)])
 def test_trained_models_give_the_references_integers(model, guard, tmp_path):
     vision = model == "efficientnet"
     net = zoo.efficientnet_lite0() if vision else zoo.minilm()

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import graphq
-import zoo
 from graphq.errors import ExportError, RuntimeMismatch, TargetError
 from graphq.evaluate.inductor import load_program
 
@@ -53,16 +52,6 @@ def test_the_program_needs_nothing_of_graphq(program):
     loaded = load_program(path)
     assert not any("graphq" in str(n.target) for n in loaded.graph.nodes if n.op == "call_function")
     assert loaded.module()(torch.cat(data)).shape == (6, 4)
-
-
-def test_a_trained_model_runs_on_int8_kernels(tmp_path):
-    crops = list(zoo.photo_crops(4, 0).split(2))
-    quantized = graphq.quantize(zoo.efficientnet_lite0(), "int8", crops, target="torch_compile", progress=False)
-    path = graphq.export(quantized, tmp_path / "model.pt2")
-    explanation = graphq.explain(quantized, path)
-    layers = [r.found for r in explanation.rows if r.op in ("conv2d", "linear")]
-    assert layers.count("qconv_pointwise") == 49 and layers.count("qlinear_pointwise") == 1
-    assert not explanation.disagreements
 
 
 def test_other_names_and_scales_are_refused(program, tmp_path):

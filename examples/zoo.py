@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for chatter in ("torchao", "torch.utils._pytree"):  # what transformers imports speaks of GPU libraries
+    logging.getLogger(chatter).setLevel(logging.ERROR)
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "hubble_deep_field.jpg",
           "retina.jpg", "ihc.png")  # fmt: skip
 

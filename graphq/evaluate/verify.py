@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -138,18 +139,11 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     expect_one(converted, "verify")
     if converted.meta["graphq_target"].executor == "inductor":
         return _verify_program(converted, path, data)
-    model = load_model(path)
     target = converted.meta["graphq_target"]
+    quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE and not _at_run_time(n)]
+    _expect_from(quantized, load_model(path), path)
     simulation, optimize = target.reference(converted), target.executor == "onnxruntime"
     executor = OpenVino(path) if target.executor == "openvino" else None
-    quantized = [n.name for n in converted.graph.nodes if n.target is QUANTIZE and not _at_run_time(n)]
-    present = {name for node in model.graph.node for name in node.output}
-    if quantized and not present.intersection(quantized):
-        raise RuntimeMismatch(
-            "the file was not exported from this graph: no quantized tensor has a name in common",
-            where=str(path),
-            remedy="Export the graph again and verify that file.",
-        )
     taps = Taps(path, quantized, optimize=optimize)
     default, plain = session(path, optimize=optimize), session(path, optimize=False)
     checks = {name: TensorCheck(name, taps.kernels[name]) for name in taps.names if name in quantized}
@@ -191,6 +185,17 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     if executor is not None:
         result.executed_sqnr = _worst(runs["executed"], runs["simulation"])
     return result
+
+
+def _expect_from(quantized: list[str], model: onnx.ModelProto, path: str | Path) -> None:
+    """Raises RuntimeMismatch for the file of another graph."""
+    present = {name for node in model.graph.node for name in node.output}
+    if quantized and not present.intersection(quantized):
+        raise RuntimeMismatch(
+            "the file was not exported from this graph: no quantized tensor has a name in common",
+            where=str(path),
+            remedy="Export the graph again and verify that file.",
+        )
 
 
 def _verify_program(converted: fx.GraphModule, path: str | Path, data: Any) -> Verification:

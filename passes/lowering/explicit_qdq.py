@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphq.graph.fork import fork
 from graphq.graph.ops import DEQUANTIZE
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 
-from .onnx_qdq import NAME, global_average_pool, linear_to_matmul
+from .names import keep_names
+from .onnx_qdq import global_average_pool, linear_to_matmul
 
 
 def lower_to_explicit_qdq(converted: fx.GraphModule) -> fx.GraphModule:
     """A new graph that computes the same."""
-    gm = fork(converted)
-    for node in gm.graph.nodes:
-        node.meta["custom"] = {NAME: node.name}
+    gm = keep_names(converted)
     for node in list(gm.graph.nodes):
         if family_of(node.target) == "linear" and node.args[1].target is DEQUANTIZE:
             linear_to_matmul(gm, node)

@@ -26,7 +26,7 @@ from graphq.graph.passes import finish
 from graphq.graph.view import LayerView
 
 from .dynamic import lower_dynamic
-from .onnx_qdq import product_name
+from .names import product_name
 from .weight_only import lower_weight_only
 
 

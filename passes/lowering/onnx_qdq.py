@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 
 from graphq.errors import TargetError
-from graphq.graph.fork import fork
 from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
 from graphq.graph.optable import family_of
@@ -25,17 +24,15 @@ from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter, value_of
 
 from .dynamic import lower_dynamic
+from .names import NAME, keep_names, product_name
 from .weight_only import lower_weight_only
 
 aten = torch.ops.aten
-NAME = "graphq"  # key in meta["custom"]; torch.export carries it through
 
 
 def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
     """A new graph in ONNX's form that computes the same. accuracy_level: of products with packed weights."""
-    gm = fork(converted)
-    for node in gm.graph.nodes:
-        node.meta["custom"] = {NAME: node.name}
+    gm = keep_names(converted)
     lower_weight_only(gm, accuracy_level)
     lower_dynamic(gm)
     for node in list(gm.graph.nodes):
@@ -44,17 +41,8 @@ def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.
             linear_to_matmul(gm, node)
         elif family == "adaptive_avg_pool":
             global_average_pool(node)
-    gm.graph.eliminate_dead_code()
-    for node in list(gm.graph.nodes):
-        if node.target in (QUANTIZE, DEQUANTIZE):
-            to_onnx_form(gm, node)
-    finish(gm)
+    to_onnx_form(gm)
     return gm
-
-
-def product_name(linear: str) -> str:
-    """The name of a linear's matrix product, before its bias is added."""
-    return f"{linear}_matmul"
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
@@ -103,8 +91,16 @@ def global_average_pool(node: fx.Node) -> None:
         node.target, node.args = GLOBAL_AVERAGE_POOL, (node.args[0],)
 
 
-def to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Rewrite, in place, a quantize or dequantize as ONNX's QuantizeLinear or DequantizeLinear."""
+def to_onnx_form(gm: fx.GraphModule) -> None:
+    """Rewrite, in place, every quantize and dequantize as ONNX's QuantizeLinear and DequantizeLinear."""
+    gm.graph.eliminate_dead_code()
+    for node in list(gm.graph.nodes):
+        if node.target in (QUANTIZE, DEQUANTIZE):
+            _to_onnx_form(gm, node)
+    finish(gm)
+
+
+def _to_onnx_form(gm: fx.GraphModule, node: fx.Node) -> None:
     source, scale, zero, block, form = _args(node)
     axis = _axis(node, block)
     fmt, _ = parse_format(form)

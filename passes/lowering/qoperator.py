@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, name_in_file
-from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
+from graphq.graph.ops import parse_format
 from graphq.graph.optable import family_of
-from graphq.graph.passes import finish
 from graphq.graph.view import parameter, value_of
 
 from .integer_reference import lower_to_integer_reference
-from .onnx_qdq import NAME, flat_parameter, global_average_pool, to_onnx_form
+from .names import NAME
+from .onnx_qdq import flat_parameter, global_average_pool, to_onnx_form
 
 # op → (position of codes, of their scale, of their zero point); codes None: of the result, in the format that follows
 OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
@@ -39,11 +39,7 @@ def lower_to_onnx_qoperator(converted: fx.GraphModule, accuracy_level: int = 0) 
             _type_operands(gm, node)
         elif family_of(node.target) == "adaptive_avg_pool":
             global_average_pool(node)
-    gm.graph.eliminate_dead_code()
-    for node in list(gm.graph.nodes):
-        if node.target in (QUANTIZE, DEQUANTIZE):
-            to_onnx_form(gm, node)
-    finish(gm)
+    to_onnx_form(gm)
     return gm
 
 

@@ -16,22 +16,19 @@ import torch.ao.quantization.fx._decomposed  # registers the ops
 from torch import fx
 
 from graphq.errors import TargetError
-from graphq.graph.fork import fork
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView, parameter, set_parameter
 
-from .onnx_qdq import NAME
+from .names import NAME, keep_names
 
 DECOMPOSED = torch.ops.quantized_decomposed
 
 
 def lower_to_quantized_decomposed(converted: fx.GraphModule) -> fx.GraphModule:
     """A new graph that computes the same, in ops of torch alone. Raises TargetError for scales per group."""
-    gm = fork(converted)
-    for node in gm.graph.nodes:
-        node.meta["custom"] = {NAME: node.name}
+    gm = keep_names(converted)
     for node in list(gm.graph.nodes):
         if family_of(node.target) == "pad" and node.args[0].target is DEQUANTIZE:
             _pad_codes(gm, node)

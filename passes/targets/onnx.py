@@ -6,11 +6,9 @@ runtime makes of them is its own affair; the file means, bit for bit, what was s
 
 from __future__ import annotations
 
-from torch import fx
-
 from graphq.graph.fork import fork
 
-from ..lowering.onnx_qdq import NAME
+from ..lowering.names import keep_names
 from .simulation import FAMILIES
 from .table import TARGETS, Kernel, Target
 
@@ -19,15 +17,6 @@ ACTIVATIONS = frozenset(
      "fp6_e3m2", "fp6_e2m3")
 )  # fmt: skip
 WEIGHTS = ACTIVATIONS | {"int3", "uint3", "int5", "uint5", "int6", "uint6", "int7", "uint7"}
-
-
-def keep_names(converted: fx.GraphModule) -> fx.GraphModule:
-    """A new graph whose ops keep their names in the file."""
-    gm = fork(converted)
-    for node in gm.graph.nodes:
-        node.meta["custom"] = {NAME: node.name}
-    gm.recompile()
-    return gm
 
 
 @TARGETS.register("onnx")

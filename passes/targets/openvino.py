@@ -41,7 +41,7 @@ FLOAT_REASONS = {
     **dict.fromkeys(("relu", "clip", "leaky_relu", "sigmoid", "silu", "gelu", "hardswish", "hardsigmoid", "mul",
                      "linear_activation", "max_pool", "avg_pool", "adaptive_avg_pool", "reshape", "transpose", "cat"),
                     FUSED),
-    "conv_transpose": "not measured",
+    "conv_transpose": "its int8 layer has not been measured, and is not used",
     "layer_norm": "OpenVINO computes it in float",
     "softmax": "OpenVINO computes it in float",
     "attention": "OpenVINO computes it in float",

@@ -28,12 +28,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import weight_only
-from vs_onnxruntime import resnet50
+import zoo
 
 import graphq
-import zoo
+import weight_only
 from graphq.passes.targets.onnxruntime import saturates_here
+from vs_onnxruntime import resnet50
 
 QDQ, QOPERATOR = {"form": "qdq"}, {"form": "qoperator"}
 STATIC = [("qdq", "int8", QDQ), ("qoperator", "int8", QOPERATOR)]

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import graphq
 import zoo
+
+import graphq
 from graphq.evaluate.compare import output_metrics
 from graphq.evaluate.latency import measure
 from graphq.evaluate.taps import session

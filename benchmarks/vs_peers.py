@@ -22,17 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kernels import vit
+import zoo
 from rich.console import Console
 from rich.table import Table
-from vs_onnxruntime import MODELS as TRAINED
 
 import graphq
-import zoo
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.evaluate.compare import output_metrics
 from graphq.evaluate.latency import measure
 from graphq.evaluate.taps import session
+from kernels import vit
+from vs_onnxruntime import MODELS as TRAINED
 
 CALIBRATION, EVALUATION, SLOWER = 32, 64, 1.02
 MODELS = {**TRAINED, "vit": (vit, zoo.photo_crops, "batch")}

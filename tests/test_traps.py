@@ -13,7 +13,6 @@ from onnx import numpy_helper
 from torch import nn
 
 import graphq
-from build import RNG, Build
 from graphq.config.presets import ACTIVATION_UINT8, WEIGHT_INT8
 from graphq.errors import TargetError
 from graphq.evaluate.taps import optimized_model, session
@@ -21,6 +20,7 @@ from graphq.graph.ops import QUANTIZE
 from graphq.lint import fix, lint
 from graphq.numerics.packing import pack, unpack
 from graphq.passes.targets.onnxruntime import saturates_here
+from onnx_build import RNG, Build
 
 
 class Lambda(nn.Module):

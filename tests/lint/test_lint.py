@@ -11,11 +11,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphq
-from build import RNG, Build
 from graphq.cli import app
 from graphq.errors import RuntimeMismatch
 from graphq.evaluate.taps import optimized_model, session
 from graphq.lint import RULES, fix, lint
+from onnx_build import RNG, Build
 
 
 def conv_on_the_wrong_axis():

@@ -28,10 +28,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import zoo
-
 import graphq
 import weight_only
+import zoo
 from graphq.passes.targets.onnxruntime import saturates_here
 from vs_onnxruntime import resnet50
 

@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import zoo
-
 import graphq
+import zoo
 from graphq.evaluate.compare import output_metrics
 from graphq.evaluate.latency import measure
 from graphq.evaluate.taps import session

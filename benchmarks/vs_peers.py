@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zoo
 from rich.console import Console
 from rich.table import Table
 
 import graphq
+import zoo
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.evaluate.compare import output_metrics
 from graphq.evaluate.latency import measure

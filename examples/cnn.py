@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from zoo import efficientnet_lite0, photo_crops, rows
 
 import graphq
 from graphq.report.tables import comparison_table, explanation_table, verification_line
+from zoo import efficientnet_lite0, photo_crops, rows
 
 console = Console()
 model = efficientnet_lite0()

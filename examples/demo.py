@@ -6,13 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from zoo import efficientnet_lite0, minilm, photo_crops, rows, sentences
 
 import graphq
 from graphq.evaluate.latency import measure
 from graphq.evaluate.verify import feed_of
 from graphq.report.explain import INTEGER_PREFIXES
 from graphq.report.tables import db, verification_line
+from zoo import efficientnet_lite0, minilm, photo_crops, rows, sentences
 
 CASES = {
     "EfficientNet-Lite0": (efficientnet_lite0, photo_crops, "batch", "int8"),

@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from zoo import efficientnet_lite0, photo_crops, rows
 
 import graphq
+from zoo import efficientnet_lite0, photo_crops, rows
 
 model = efficientnet_lite0()
 calibration, sample = rows(photo_crops(4, seed=0)), photo_crops(2, seed=1)

@@ -1,10 +1,10 @@
 """W4A8 of a text encoder, and one epoch of quantization-aware training in which the float model is the teacher."""
 
 import torch
-from zoo import minilm, rows, sentences
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from zoo import minilm, rows, sentences
 
 WEIGHT = QuantSpec(format="int4", granularity="group", group_size=32)
 INPUT = QuantSpec(format="int8", granularity="token", dynamic=True)

@@ -4,11 +4,11 @@ import tempfile
 from pathlib import Path
 
 import onnx
-from zoo import efficientnet_lite0, photo_crops, rows
 
 import graphq
 from graphq.lint import lint
 from graphq.report.tables import verification_line
+from zoo import efficientnet_lite0, photo_crops, rows
 
 TARGETS = ["onnxruntime", "openvino", "tensorrt"]  # "torch_compile" too, where a minute of compilation does not matter
 model, calibration, held_out = efficientnet_lite0(), rows(photo_crops(16, seed=0)), rows(photo_crops(4, seed=1), 4)

@@ -3,11 +3,10 @@
 import tempfile
 from pathlib import Path
 
-from zoo import minilm, rows, sentences
-
 import graphq
 from graphq import QuantConfig, Rule
 from graphq.report.tables import verification_line
+from zoo import minilm, rows, sentences
 
 config = QuantConfig(
     name="encoder",

@@ -11,9 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import zoo
-
 import graphq
+import zoo
 from graphq.graph.invariants import checking
 
 torch.set_num_threads(2)

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import onnx
 import pytest
-import zoo
 from typer.testing import CliRunner
 
+import zoo
 from graphq.cli import app
 from graphq.errors import TargetError
 

@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import zoo
 from typer.testing import CliRunner
 
+import zoo
 from graphq.cli import app
 from graphq.errors import PassError
 

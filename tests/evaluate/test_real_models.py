@@ -6,9 +6,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-import zoo
 
 import graphq
+import zoo
 from graphq.errors import RuntimeMismatch
 from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.taps import session

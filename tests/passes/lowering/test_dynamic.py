@@ -5,13 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
 import graphq
+import zoo
 from graphq.errors import TargetError
 from graphq.graph.dynamic_ops import dynamic_uint8
 from graphq.lint import lint

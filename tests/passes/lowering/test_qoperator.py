@@ -5,13 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import graphq
+import zoo
 from graphq.graph.integer_ops import QCONV, QGEMM
 from graphq.numerics.pairs import along_k, lost_to_int16
 from graphq.passes.targets.onnxruntime import saturates_here

@@ -4,10 +4,10 @@ two targets."""
 import onnx
 import pytest
 import torch
-import zoo
 from torch import nn
 
 import graphq
+import zoo
 from graphq.errors import StateError, TargetError
 from graphq.lint import lint
 

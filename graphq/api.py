@@ -231,6 +231,8 @@ def export(graph: fx.GraphModule | Graphs, path: str | Path) -> Path | dict[str,
     if isinstance(graph, dict):
         suffixes = {name: f".{name}{gm.meta['graphq_target'].suffix}" for name, gm in graph.items()}
         return {name: export(gm, Path(path).with_suffix(suffixes[name])) for name, gm in graph.items()}
+    if stage_of(graph) == "captured" and Path(path).suffix == ".pt2":
+        return export_program(fork(graph), path)
     if stage_of(graph) == "captured":
         return export_onnx(name_nodes(fork(graph)), path, {"graphq.config": "float"})
     _expect(graph, "converted", "export", "Call graphq.convert on the calibrated graph first.")

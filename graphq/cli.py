@@ -1,9 +1,8 @@
-"""The command line: graphq quantize | explain | compare | bench | presets | schema, and the workbench of authors."""
+"""The command line: graphq quantize | explain | compare | presets | schema here, the rest in the cli_ files."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from graphq import api, cli_authoring, cli_lint
+from graphq import api, cli_authoring, cli_lint, cli_targets
+from graphq.cli_json import emit
 from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
@@ -23,7 +23,6 @@ from graphq.config.spec import QuantSpec
 from graphq.errors import ExportError, GraphqError, TargetError, did_you_mean
 from graphq.evaluate.compare import Comparison, OutputMetrics
 from graphq.evaluate.compare import compare as compare_graphs
-from graphq.evaluate.latency import measure, random_feed
 from graphq.evaluate.taps import load_model as load_onnx
 from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of, flat_outputs, verify
@@ -32,7 +31,7 @@ from graphq.loading import load_data, load_model
 from graphq.passes.targets import Target, get_target, options_of
 from graphq.report.explain import explain as explain_graph
 from graphq.report.html import report
-from graphq.report.tables import comparison_table, explanation_table, latency_table, verification_line
+from graphq.report.tables import comparison_table, explanation_table, verification_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,19 +62,6 @@ def _shapes(dynamic: str) -> str | None:
     return None if dynamic == "none" else dynamic
 
 
-def _emit(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: they are written as text."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @app.command()
 def quantize(
     model: ModelArg,
@@ -89,6 +75,7 @@ def quantize(
     samples: SamplesOption = 64,
     float_onnx: Annotated[Path | None, typer.Option(help="Also write the float model here")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML report here")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also keep the graph, in this folder")] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the graph and every promise after every pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +84,7 @@ def quantize(
     Several targets share one calibration; model.onnx becomes model.onnxruntime.onnx, model.tensorrt.onnx, …
     """
     settings, places = QuantConfig.load(config), _targets(target, cpu, option)
-    for path in filter(None, (output, float_onnx, html)):
+    for path in filter(None, (output, float_onnx, html, save)):
         if not path.parent.is_dir():
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")
     source = load_model(model)
@@ -109,6 +96,8 @@ def quantize(
         files = api.export(graphs, output) if len(graphs) > 1 else {n: api.export(g, output) for n, g in graphs.items()}
     if float_onnx is not None:
         api.export(api.capture_like(source, next(iter(graphs.values()))), float_onnx)
+    if save is not None:
+        cli_targets.save(graphs, save)
     held = data[:8]
     results, agrees = [], True
     for name, file in files.items():
@@ -125,7 +114,7 @@ def quantize(
             console.print(verification_line(checked))
             console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
     if as_json:
-        _emit(results if len(results) > 1 else results[0])
+        emit(results if len(results) > 1 else results[0])
     if not agrees:
         raise typer.Exit(1)
 
@@ -183,7 +172,7 @@ def explain(
     if layer is not None:
         explanation.rows = explanation[layer]
     if as_json:
-        _emit(explanation.to_dicts())
+        emit(explanation.to_dicts())
     else:
         console.print(explanation_table(explanation, every=every))
     if explanation.disagreements:
@@ -213,7 +202,7 @@ def compare(
         metrics.add(expected, [torch.from_numpy(o) for o in run.run(None, feed_of(graph, args, kwargs))])
     result = metrics.result()
     if as_json:
-        _emit(result.to_dict())
+        emit(result.to_dict())
     else:
         console.print(comparison_table(result))
 
@@ -225,31 +214,10 @@ def _example(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @app.command()
-def bench(
-    onnx: Annotated[Path, typer.Argument(help="The quantized ONNX file")],
-    float_onnx: Annotated[Path, typer.Option("--float", help="The float ONNX file to compare with")],
-    batch: Annotated[list[int], typer.Option(help="Batch sizes")] = [1, 8],  # noqa: B006  (typer copies it)
-    sequence: Annotated[int, typer.Option(help="Size of further dynamic dimensions")] = 128,
-    rounds: Annotated[int, typer.Option(help="Interleaved repetitions")] = 15,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the latency of a quantized file against the float one in ONNX Runtime, interleaved."""
-    results = {}
-    for size in batch:
-        feed = random_feed(float_onnx, batch=size, sequence=sequence)
-        results[size] = measure({"fp32": float_onnx, "int8": onnx}, feed, rounds=rounds)
-        if not as_json:
-            console.print(f"batch {size}")
-            console.print(latency_table(results[size]))
-    if as_json:
-        _emit({size: [vars(m) for m in r] for size, r in results.items()})
-
-
-@app.command()
 def presets(as_json: JsonOption = False) -> None:
     """List the configs that come with graphq."""
     if as_json:
-        _emit({name: json.loads(c.model_dump_json()) for name, c in CONFIGS.items()})
+        emit({name: json.loads(c.model_dump_json()) for name, c in CONFIGS.items()})
         return
     table = Table("preset", "rule", "scheme", "reason")
     for name, config in CONFIGS.items():
@@ -266,7 +234,7 @@ def schema(
     spec: Annotated[bool, typer.Option("--spec", help="Only the schema of one QuantSpec")] = False,
 ) -> None:
     """Print the JSON schema of config files."""
-    _emit((QuantSpec if spec else QuantConfig).model_json_schema())
+    emit((QuantSpec if spec else QuantConfig).model_json_schema())
 
 
 app.command("match")(cli_authoring.match)
@@ -274,6 +242,9 @@ app.command("trace")(cli_authoring.trace)
 app.command("passes")(cli_authoring.passes)
 app.command("new-pass")(cli_authoring.new_pass)
 app.command("lint")(cli_lint.lint_command)
+app.command("export")(cli_targets.export_command)
+app.command("verify")(cli_targets.verify_command)
+app.command("bench")(cli_targets.bench_command)
 
 
 def main() -> None:

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import zoo
 from graphq.cli import app
-from graphq.errors import TargetError
+from graphq.errors import RuntimeMismatch, StateError, TargetError
 
 FOLDER = zoo.__file__.rpartition("/")[0]
 
@@ -35,18 +36,59 @@ def test_quantize_bench_compare_and_explain_a_trained_model(run, tmp_path):
     np.savez(tmp_path / "data.npz", zoo.photo_crops(8, seed=0).numpy())
     common = ("zoo:efficientnet_lite0", "--calibration", tmp_path / "data.npz")
     out, fp32 = tmp_path / "int8.onnx", tmp_path / "fp32.onnx"
-    result = run("quantize", *common, "-o", out, "--float-onnx", fp32, "--html", tmp_path / "r.html", "--json")
+    saved = tmp_path / "saved"
+    result = run("quantize", *common, "-o", out, "--float-onnx", fp32, "--html", tmp_path / "r.html", "--save", saved,
+                 "--json")  # fmt: skip
     figures = last_json(result.stdout)
     assert figures["kernels"]["QLinearConv"] == 49
     assert figures["verify"]["largest_lsb"] <= 1
     assert "QLinearConv" in (tmp_path / "r.html").read_text()
-    timed = last_json(run("bench", out, "--float", fp32, "--batch", 1, "--rounds", 3, "--json").stdout)
-    assert {m["name"] for m in timed["1"]} == {"fp32", "int8"}
+    result = run("bench", out, "--float", fp32, "--batch", 1, "--rounds", 3, "--json")
+    timed = json.loads(result.stdout[result.stdout.index("[") :])
+    assert [(t["runtime"], t["batch"], [m["name"] for m in t["latency"]]) for t in timed] == [
+        ("onnxruntime", 1, ["fp32", "int8.onnx"])
+    ]
+    again = tmp_path / "again.onnx"
+    assert run("export", common[0], saved, "-o", again).exit_code == 0
+    assert onnx.load(again).graph == onnx.load(out).graph
+    checked = run("verify", common[0], saved, again, "--data", tmp_path / "data.npz", "--samples", 2, "--json")
+    assert checked.exit_code == 0 and last_json(checked.stdout)["agrees"] is True
     compared = run("compare", "zoo:efficientnet_lite0", out, "--data", tmp_path / "data.npz", "--json")
     assert last_json(compared.stdout)["sqnr_db"] > 12
     explained = run("explain", *common, "--onnx", out, "--layer", "_conv_stem", "--json")
     assert explained.exit_code == 0
     assert {r["found"] for r in json.loads(explained.stdout[explained.stdout.index("[\n") :])} == {"QLinearConv"}
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).eval()
+
+
+def tiny_data():
+    return [torch.randn(2, 64) for _ in range(4)]
+
+
+def test_files_are_timed_in_the_runtime_that_they_were_made_for(run, tmp_path):
+    common = ("test_cli:tiny_model", "--calibration", "test_cli:tiny_data", "--float-onnx")
+    run("quantize", *common, tmp_path / "f.onnx", "-o", tmp_path / "a.onnx", "--target", "openvino")
+    run("quantize", *common, tmp_path / "f.pt2", "-o", tmp_path / "b.pt2", "--target", "torch_compile")
+    files = (tmp_path / "a.onnx", tmp_path / "b.pt2", "--float", tmp_path / "f.onnx", "--float", tmp_path / "f.pt2")
+    result = run("bench", *files, "--batch", 3, "--rounds", 2, "--json")
+    timed = json.loads(result.stdout[result.stdout.index("[") :])
+    assert [(t["runtime"], t["batch"], [m["name"] for m in t["latency"]]) for t in timed] == [
+        ("openvino", 3, ["fp32", "a.onnx"]),
+        ("torch_compile", 3, ["fp32", "b.pt2"]),
+    ]
+    both = run("bench", *files[:1], *files[2:4], "--targets", "onnxruntime", "--targets", "openvino", "--rounds", 2)
+    assert "onnxruntime, batch 8" in both.stdout and "openvino, batch 8" in both.stdout
+    run("quantize", *common, tmp_path / "f.onnx", "-o", tmp_path / "t.onnx", "--target", "tensorrt")
+    with pytest.raises(RuntimeMismatch, match="trtexec"):
+        run("bench", tmp_path / "t.onnx", *files[2:4])
+    with pytest.raises(RuntimeMismatch, match="nothing is timed in 'openvin'"):
+        run("bench", *files[:1], *files[2:4], "--targets", "openvin")
+    with pytest.raises(StateError, match=r"no float \.onnx file"):
+        run("bench", *files[:1], *files[4:])
 
 
 def test_a_text_encoder_from_a_transformers_folder(run, tmp_path):

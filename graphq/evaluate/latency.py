@@ -1,20 +1,26 @@
-"""Latency of ONNX models side by side: interleaved, so that a drifting machine hits all of them alike."""
+"""Latency of files side by side: interleaved, so that a drifting machine hits all of them alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import torch
 
-from graphq.errors import RuntimeMismatch
+from graphq.errors import RuntimeMismatch, did_you_mean
+from graphq.evaluate.inductor import compile_program, load_program
+from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import load_model, session
 
 ONNX_TO_NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
                  "tensor(bool)": np.bool_, "tensor(double)": np.float64}  # fmt: skip
+RUNTIMES = ("onnxruntime", "openvino", "torch_compile")
 
 
 @dataclass
@@ -28,19 +34,24 @@ class Latency:
 
 
 def measure(
-    models: dict[str, str | Path], feed: dict[str, np.ndarray], *, rounds: int = 15, threads: int = 0
+    models: dict[str, str | Path],
+    feed: dict[str, np.ndarray],
+    *,
+    rounds: int = 15,
+    threads: int = 0,
+    runtime: str = "onnxruntime",
 ) -> list[Latency]:
     """Time models on one feed, in turn, after two warm-up runs each. The first is the baseline: `speedup` is the
     median over the rounds of its time divided by the other's in the same round."""
-    sessions = {name: session(path, threads=threads) for name, path in models.items()}
-    for s in sessions.values():
-        s.run(None, feed)
-        s.run(None, feed)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    runs = {name: _runner(path, runtime, feed, threads) for name, path in models.items()}
+    for run in runs.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, s in sessions.items():
+        for name, run in runs.items():
             start = time.perf_counter()
-            s.run(None, feed)
+            run()
             times[name].append((time.perf_counter() - start) * 1e3)
     base = next(iter(times.values()))
     return [
@@ -49,10 +60,60 @@ def measure(
     ]
 
 
+def _runner(path: str | Path, runtime: str, feed: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+    if runtime == "onnxruntime":
+        run = session(path, threads=threads)
+        return lambda: run.run(None, feed)
+    if runtime == "openvino":
+        compiled = OpenVino(path)
+        return lambda: compiled.run(feed)
+    program, inputs = compile_program(path), [torch.from_numpy(v) for v in feed.values()]
+    return lambda: program(*inputs)
+
+
+def runtime_of(path: str | Path) -> str:
+    """The runtime that a file was written for, as it says itself; ONNX Runtime for files of others. Raises
+    RuntimeMismatch for files of runtimes that are not here."""
+    if Path(path).suffix == ".pt2":
+        return "torch_compile"
+    load_model(path)
+    named = {p.key: p.value for p in onnx.load(path, load_external_data=False).metadata_props}
+    target = named.get("graphq.target", "onnxruntime")
+    return check_runtime("onnxruntime" if target == "onnx" else target, str(path))
+
+
+def check_runtime(name: str, where: str = "") -> str:
+    """The name, if files can be timed in that runtime on this machine."""
+    if name == "tensorrt":
+        raise RuntimeMismatch(
+            "TensorRT is not run from here", where=where, remedy="docs/target-tensorrt.md has the line for trtexec."
+        )
+    if name not in RUNTIMES:
+        raise RuntimeMismatch(f"nothing is timed in {name!r}", where=where, remedy=did_you_mean(name, RUNTIMES))
+    return name
+
+
 def random_feed(path: str | Path, *, batch: int = 1, sequence: int = 128, seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs for a model: normal floats, small token ids, masks of ones. Dynamic dimensions: batch, then sequence."""
+    if Path(path).suffix == ".pt2":
+        return _feed_of_program(path, batch=batch, sequence=sequence)
     load_model(path)
     return random_feed_of(session(path), batch=batch, sequence=sequence, seed=seed)
+
+
+def _feed_of_program(path: str | Path, *, batch: int, sequence: int) -> dict[str, np.ndarray]:
+    """The inputs that a program was made with, repeated or cut along its dynamic dimensions."""
+    program = load_program(path)
+    args, kwargs = program.example_inputs  # type: ignore[misc]
+    values = [*args, *kwargs.values()]
+    inputs = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    feed = {}
+    for node, value in zip(inputs, values, strict=True):
+        for axis, size in enumerate(node.meta["val"].shape):
+            wanted = value.shape[axis] if isinstance(size, int) else (batch if axis == 0 else sequence)
+            value = value.index_select(axis, torch.arange(wanted) % value.shape[axis])
+        feed[node.name] = value.numpy()
+    return feed
 
 
 def random_feed_of(run: Any, *, batch: int = 1, sequence: int = 128, seed: int = 0) -> dict[str, np.ndarray]:

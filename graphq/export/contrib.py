@@ -12,6 +12,7 @@ from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
 
@@ -23,29 +24,54 @@ ATTRIBUTES = {
     "QGemm": ("transB",),
     "MatMulIntegerToFloat": (),
     "QLinearAdd": (),
+    "QLinearMul": (),
     "QLinearGlobalAveragePool": ("channels_last",),
+    "QLinearAveragePool": ("kernel_shape", "strides", "pads", "count_include_pad"),
+    "QLinearSigmoid": (),
+    "QLinearLeakyRelu": ("alpha",),
+    "QLinearSoftmax": ("axis", "opset"),
+    "QLinearConcat": ("axis",),
 }
+TYPES = {  # of attributes that are no numbers
+    **dict.fromkeys(("kernel_shape", "strides", "pads"), OpSchema.AttrType.INTS),
+    "alpha": OpSchema.AttrType.FLOAT,
+}
+TWO_TENSORS = ("A", "A_scale", "A_zero_point", "B", "B_scale", "B_zero_point", "C_scale", "C_zero_point")
+ONE_TENSOR = ("X", "x_scale", "x_zero_point", "y_scale", "y_zero_point")
 INPUTS = {
     "MatMulNBits": ("A", "B", "scales", "zero_points", "g_idx", "bias"),
     "GatherBlockQuantized": ("data", "indices", "scales", "zero_points"),
     "DynamicQuantizeMatMul": ("A", "B", "b_scale", "b_zero_point", "bias"),
     "QGemm": ("A", "a_scale", "a_zero_point", "B", "b_scale", "b_zero_point", "C", "y_scale", "y_zero_point"),
     "MatMulIntegerToFloat": ("A", "B", "a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias"),
-    "QLinearAdd": ("A", "A_scale", "A_zero_point", "B", "B_scale", "B_zero_point", "C_scale", "C_zero_point"),
-    "QLinearGlobalAveragePool": ("X", "x_scale", "x_zero_point", "y_scale", "y_zero_point"),
+    "QLinearAdd": TWO_TENSORS,
+    "QLinearMul": TWO_TENSORS,
+    "QLinearGlobalAveragePool": ONE_TENSOR,
+    "QLinearAveragePool": ONE_TENSOR,
+    "QLinearSigmoid": ONE_TENSOR,
+    "QLinearLeakyRelu": ONE_TENSOR,
+    "QLinearSoftmax": ONE_TENSOR,
+    "QLinearConcat": ("inputs",),  # the result's scale and zero point, then each tensor with its own
 }
-CODES = ("QGemm", "QLinearAdd", "QLinearGlobalAveragePool")  # may be results of these
+CODES = ("QGemm", *(name for name in INPUTS if name.startswith("QLinear")))  # may be results of these
 REQUIRED = 3  # of these inputs
+SOFTMAX_OPSET = 13  # whose Softmax is meant: over one axis
 
 
 def _schema(name: str) -> OpSchema:
     """What onnxscript wants to know of an op before it writes one."""
     optional = OpSchema.FormalParameterOption.Optional
     single = OpSchema.FormalParameterOption.Single
+    many = OpSchema.FormalParameterOption.Variadic
     types = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int64)", "tensor(int32)"]
     results = types if name in CODES else ["tensor(float)"]
     inputs = [
-        OpSchema.FormalParameter(n, f"T{i}", param_option=single if i < REQUIRED else optional)
+        OpSchema.FormalParameter(
+            n,
+            f"T{i}",
+            param_option=many if n == "inputs" else single if i < REQUIRED else optional,
+            is_homogeneous=False,
+        )
         for i, n in enumerate(INPUTS[name])
     ]
     return OpSchema(
@@ -53,7 +79,9 @@ def _schema(name: str) -> OpSchema:
         inputs=inputs,
         outputs=[OpSchema.FormalParameter("Y", "TY")],
         type_constraints=[*((f"T{i}", types, "") for i in range(len(inputs))), ("TY", results, "")],
-        attributes=[OpSchema.Attribute(a, OpSchema.AttrType.INT, "", required=True) for a in ATTRIBUTES[name]],
+        attributes=[
+            OpSchema.Attribute(a, TYPES.get(a, OpSchema.AttrType.INT), "", required=True) for a in ATTRIBUTES[name]
+        ],
     )  # fmt: skip
 
 
@@ -123,6 +151,32 @@ def _qaverage_pool(x, xs, xz, ys, yz, format):  # type: ignore[no-untyped-def]
     return _contrib.QLinearGlobalAveragePool(x, xs, xz, ys, yz, channels_last=0)
 
 
+def _qmul(a, a_scale, a_zero, b, b_scale, b_zero, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearMul(a, a_scale, a_zero, b, b_scale, b_zero, ys, yz)
+
+
+def _qsigmoid(x, xs, xz, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearSigmoid(x, xs, xz, ys, yz)
+
+
+def _qleaky_relu(x, xs, xz, ys, yz, format, slope):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearLeakyRelu(x, xs, xz, ys, yz, alpha=slope)
+
+
+def _qsoftmax(x, xs, xz, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearSoftmax(x, xs, xz, ys, yz, axis=-1, opset=SOFTMAX_OPSET)
+
+
+def _qcat(tensors, scales, zeros, ys, yz, format, dim):  # type: ignore[no-untyped-def]
+    parts = [operand for part in zip(tensors, scales, zeros, strict=True) for operand in part]
+    return _contrib.QLinearConcat(ys, yz, *parts, axis=dim)
+
+
+def _qavg_pool(x, xs, xz, ys, yz, format, kernel, stride, padding, count_include_pad):  # type: ignore[no-untyped-def]
+    shape = {"kernel_shape": list(kernel), "strides": list(stride), "pads": [*padding, *padding]}
+    return _contrib.QLinearAveragePool(x, xs, xz, ys, yz, **shape, count_include_pad=int(count_include_pad))
+
+
 def type_results(model: ir.Model) -> None:
     """Write down, in place, the types that ONNX cannot infer: codes have that of the result's zero point."""
     for node in model.graph:
@@ -131,8 +185,8 @@ def type_results(model: ir.Model) -> None:
             continue
         source = node.inputs[0]
         if node.domain == DOMAIN:
-            whole = node.op_type in CODES and len(node.inputs) == len(INPUTS[node.op_type])
-            source = node.inputs[-1] if whole else None
+            whole = node.op_type in CODES and len(node.inputs) >= len(INPUTS[node.op_type])
+            source = node.inputs[-1] if whole else None  # a zero point
         dtype = source.dtype if source is not None else ir.DataType.FLOAT
         result.type = ir.TensorType(dtype or ir.DataType.FLOAT)
 
@@ -146,4 +200,10 @@ TRANSLATIONS: dict[Any, Any] = {
     QMATMUL: _qmatmul,
     QADD: _qadd,
     QAVERAGE_POOL: _qaverage_pool,
+    QAVG_POOL: _qavg_pool,
+    QMUL: _qmul,
+    QSIGMOID: _qsigmoid,
+    QLEAKY_RELU: _qleaky_relu,
+    QSOFTMAX: _qsoftmax,
+    QCAT: _qcat,
 }

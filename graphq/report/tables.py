@@ -52,7 +52,7 @@ def comparison_table(comparison: Comparison, *, worst: int = 10) -> Table:
 
 def latency_table(latencies: Sequence[Latency]) -> Table:
     """A row per model."""
-    table = Table(title="latency in ONNX Runtime", title_justify="left")
+    table = Table()
     for name in ("model", "median", "minimum", "speed-up"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for m in latencies:

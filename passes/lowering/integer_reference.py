@@ -5,6 +5,7 @@
     dequantize ── matmul                                ⇒   qmatmul
     dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
     dequantize ── global average pool ── quantize       ⇒   qaverage_pool
+    dequantize ── mul, sigmoid, leaky_relu, cat, softmax, avg_pool ── quantize   ⇒   qmul, qsigmoid, …
     linear, embedding with packed weights               ⇒   matmul_nbits, gather_nbits (see `weight_only`)
 
 Everything else stays as it is. `verify` runs this graph against the runtime.
@@ -19,11 +20,12 @@ from torch import fx
 
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
 from graphq.graph.fork import fork
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE
 from graphq.graph.passes import finish
-from graphq.graph.view import LayerView
+from graphq.graph.view import LayerView, value_of
 
 from .dynamic import lower_dynamic
 from .names import product_name
@@ -111,14 +113,52 @@ def _matmul(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.
     _swap(gm, node, torch.ops.aten.add.Tensor, (product, bias))
 
 
-def _add(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
-    _, y_scale, y_zero, _, form = quantize.args
-    _swap(gm, quantize, QADD, (*_codes(node.args[0]), *_codes(node.args[1]), y_scale, y_zero, form))
+def _result(quantize: fx.Node) -> tuple[Any, Any, Any]:
+    """(scale, zero point, format) of what a quantize node makes."""
+    _, scale, zero, _, form = quantize.args
+    return scale, zero, form
 
 
-def _average_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
-    _, y_scale, y_zero, _, form = quantize.args
-    _swap(gm, quantize, QAVERAGE_POOL, (*_codes(node.args[0]), y_scale, y_zero, form))
+def _of_two(target: Any) -> Any:
+    """The builder of a kernel for two tensors."""
+
+    def build(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+        _swap(gm, quantize, target, (*_codes(node.args[0]), *_codes(node.args[1]), *_result(quantize)))
+
+    return build
+
+
+def _of_one(target: Any) -> Any:
+    """The builder of a kernel for one tensor."""
+
+    def build(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+        _swap(gm, quantize, target, (*_codes(node.args[0]), *_result(quantize)))
+
+    return build
+
+
+def _leaky_relu(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    slope = float(LayerView(gm, node).arg("negative_slope"))
+    _swap(gm, quantize, QLEAKY_RELU, (*_codes(node.args[0]), *_result(quantize), slope))
+
+
+def _cat(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    view = LayerView(gm, node)
+    codes, scales, zeros = zip(*(_codes(t) for t in view.arg("tensors")), strict=True)
+    args = (list(codes), list(scales), list(zeros), *_result(quantize), int(view.arg("dim")))
+    _swap(gm, quantize, QCAT, args)
+
+
+def _avg_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    """Windows that reach beyond the padding are counted otherwise by ONNX: those stay float."""
+    view = LayerView(gm, node)
+    if view.arg("ceil_mode") or view.arg("divisor_override") is not None:
+        return
+    kernel, stride, padding = (view.arg(k) for k in ("kernel_size", "stride", "padding"))
+    rank = value_of(node).ndim - 2
+    shape = [list(p) * (rank if len(p) == 1 else 1) for p in (kernel, stride or kernel, padding)]
+    args = (*_codes(node.args[0]), *_result(quantize), *shape, bool(view.arg("count_include_pad")))
+    _swap(gm, quantize, QAVG_POOL, args)
 
 
 SATURATING = (QCONV, QGEMM, DYNAMIC_QGEMM)
@@ -128,6 +168,12 @@ BUILDERS: dict[str, Any] = {
     "QLinearConv": _conv,
     "QGemm": _gemm,
     "MatMulIntegerToFloat": _matmul,
-    "QLinearAdd": _add,
-    "QLinearGlobalAveragePool": _average_pool,
+    "QLinearAdd": _of_two(QADD),
+    "QLinearMul": _of_two(QMUL),
+    "QLinearGlobalAveragePool": _of_one(QAVERAGE_POOL),
+    "QLinearSigmoid": _of_one(QSIGMOID),
+    "QLinearSoftmax": _of_one(QSOFTMAX),
+    "QLinearLeakyRelu": _leaky_relu,
+    "QLinearConcat": _cat,
+    "QLinearAveragePool": _avg_pool,
 }

@@ -1,15 +1,18 @@
 """Lower a converted graph to integer kernels as the nodes of its file: QLinearConv, QGemm, QLinearAdd, …
 
 The graph is that of `integer_reference`, which `verify` runs; here its ops get operands as ONNX wants them: scales and
-zero points that are scalars or vectors, zero points in the dtype of their codes. What has no integer op there (products
-of elements, concatenation, …) keeps its Q and DQ, which the runtime's optimizer fuses.
+zero points that are scalars or vectors, zero points in the dtype of their codes. What has no integer op there keeps its
+Q and DQ.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, name_in_file
 from graphq.graph.ops import parse_format
 from graphq.graph.optable import family_of
@@ -25,7 +28,9 @@ OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
     QGEMM: [(0, 1, 2), (3, 4, 5), (None, 7, 8)],
     QMATMUL: [(0, 1, 2), (3, 4, 5)],
     QADD: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
-    QAVERAGE_POOL: [(0, 1, 2), (None, 3, 4)],
+    QMUL: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
+    QCAT: [(0, 1, 2), (None, 3, 4)],
+    **{op: [(0, 1, 2), (None, 3, 4)] for op in (QAVERAGE_POOL, QAVG_POOL, QSIGMOID, QLEAKY_RELU, QSOFTMAX)},
 }
 
 
@@ -50,12 +55,19 @@ def _type_operands(gm: fx.GraphModule, node: fx.Node) -> None:
             if args[scale] is None:
                 continue  # a float result
             storage = parse_format(str(args[zero + 1]))[0].storage if codes is None else _dtype(gm, args[codes])
-            args[scale] = flat_parameter(gm, args[scale], torch.float32, "onnx_scale")  # type: ignore[arg-type]
-            args[zero] = flat_parameter(gm, args[zero], storage, "onnx_zero_point")  # type: ignore[arg-type]
+            args[scale] = _flat(gm, args[scale], torch.float32, "onnx_scale")
+            args[zero] = _flat(gm, args[zero], storage, "onnx_zero_point")
     node.args = tuple(args)
 
 
-def _dtype(gm: fx.GraphModule, codes: object) -> torch.dtype:
+def _flat(gm: fx.GraphModule, reads: Any, dtype: torch.dtype, leaf: str) -> Any:
+    if isinstance(reads, (list, tuple)):  # an operand for each tensor of a concatenation
+        return [flat_parameter(gm, r, dtype, leaf) for r in reads]
+    return flat_parameter(gm, reads, dtype, leaf)
+
+
+def _dtype(gm: fx.GraphModule, codes: Any) -> torch.dtype:
+    codes = codes[0] if isinstance(codes, (list, tuple)) else codes
     assert isinstance(codes, fx.Node)
     tensor = parameter(gm, codes)
     value = value_of(codes) if tensor is None else tensor

@@ -240,7 +240,7 @@ def _write(group: Group, target: Target) -> None:
             decision.reason += f"; {target.name} takes zero point 0 only: symmetric where affine was asked for"
         decision.inputs = _inputs(group)
         if kernel.role != "carry" and (kernel.output == "required" or scheme.output is not None):
-            decision.output = scheme.output or scheme.input
+            decision.output = _in_range(scheme.output or scheme.input, kernel)
         decision.bias_form = kernel.bias
         _take_weight(decision, group, scheme)
     elif group.pattern.weight and scheme.weight is not None and _weight_alone(group, scheme.weight, target):
@@ -254,6 +254,14 @@ def _inputs(group: Group) -> dict[fx.Node, QuantSpec]:
     cached = {group.match.node(name) for name in group.pattern.cached}
     specs = {a: (a in cached and group.scheme.cache) or group.scheme.input for a in group.activations}
     return {a: spec for a, spec in specs.items() if spec is not None}
+
+
+def _in_range(spec: QuantSpec | None, kernel: Kernel) -> QuantSpec | None:
+    """The spec of a result, with the range that the kernel wants."""
+    if spec is None or kernel.range is None:
+        return spec
+    lo, hi = kernel.range
+    return spec.model_copy(update={"observer": "fixed", "observer_args": {"lo": lo, "hi": hi}})
 
 
 def _weight_alone(group: Group, spec: QuantSpec, target: Target) -> bool:

@@ -83,6 +83,9 @@ def whole_blocks(m: Match, spec: QuantSpec) -> str | None:
     return None if row % size == 0 else f"a row of {row} values is not made of blocks of {size}"
 
 
+# the softmax kernel multiplies by the whole part of 1 / scale, and overflows for finer scales over short axes
+PROBABILITIES = (0.0, 255 / 256)
+
 KERNELS = {
     # family              kernel found in the optimized model, role, what it asks for
     "conv": [Kernel("QLinearConv", "compute")],
@@ -104,7 +107,7 @@ KERNELS = {
     "adaptive_avg_pool": [Kernel("QLinearGlobalAveragePool", "between", when=global_pool)],
     "sigmoid": [Kernel("QLinearSigmoid", "between")],
     "leaky_relu": [Kernel("QLinearLeakyRelu", "between")],
-    "softmax": [Kernel("QLinearSoftmax", "between", when=last_axis_softmax)],
+    "softmax": [Kernel("QLinearSoftmax", "between", when=last_axis_softmax, range=PROBABILITIES)],
     "max_pool": [Kernel("MaxPool", "carry")],
     "reshape": [Kernel("Reshape", "carry")],
     "transpose": [Kernel("Transpose", "carry")],

@@ -32,6 +32,7 @@ class Kernel:
     when: why this row does not fit a match, or None.
     inputs: the activations that the kernel wants quantized, where it is not all of them.
     within: the op in whose kernel this one is computed, if that is quantized.
+    range: of the result, where the kernel computes well with that only; it is not observed then.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernel:
     when: Callable[[Match], str | None] = lambda m: None
     inputs: Callable[[Match], Sequence[fx.Node]] | None = None
     within: Callable[[Match], fx.Node] | None = None
+    range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.role, Role), (self.output, Output), (self.bias, Bias)):

@@ -34,6 +34,13 @@ def test_minmax_is_the_extremes_with_zero_included():
     assert ranges("minmax", False, torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])) == (0.0, 5.0)
 
 
+def test_a_fixed_range_is_what_it_is_whatever_the_data():
+    assert ranges("fixed", False, torch.tensor([3.0]), lo=-1.0, hi=2.0) == (-1.0, 2.0)
+    for lo, hi in ((0.0, 0.0), (1.0, 2.0)):
+        with pytest.raises(ConfigError, match="range around zero"):
+            ranges("fixed", False, lo=lo, hi=hi)
+
+
 def test_moving_average_follows_its_formula():
     lo, hi = ranges("moving_average", False, torch.tensor([-1.0, 1.0]), torch.tensor([-3.0, 5.0]), rate=0.25)
     assert (lo, hi) == pytest.approx((-1.5, 2.0))
@@ -211,7 +218,7 @@ def held(observer):
                for v in vars(o).values() if isinstance(v, torch.Tensor))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in OBSERVERS.names() if n != "imatrix_mse"])  # it wants a weight's inputs
+@pytest.mark.parametrize("name", sorted(set(OBSERVERS.names()) - {"imatrix_mse", "fixed"}))
 def test_memory_does_not_grow_with_the_number_of_batches(name):
     observer = make_observer(spec(name, False), ())
     observer.update(torch.randn(100_000))
@@ -223,7 +230,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(name):
     assert held(observer) == after_one < 400_000
 
 
-@pytest.mark.parametrize("name", [n for n in OBSERVERS.names() if n != "imatrix_mse"])  # it wants a weight's inputs
+@pytest.mark.parametrize("name", sorted(set(OBSERVERS.names()) - {"imatrix_mse", "fixed"}))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_seen_as_it_is(name, dtype):
     x = (torch.randn(20_000) * 3).to(dtype)

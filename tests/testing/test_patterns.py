@@ -6,7 +6,7 @@ import torch
 import graphq
 from graphq.calibration.watch import watching
 from graphq.config import QuantConfig
-from graphq.graph import integer_ops
+from graphq.graph import elementwise_ops, integer_ops
 from graphq.graph.decision import decision_of
 from graphq.graph.ops import DEQUANTIZE
 from graphq.graph.view import parameter
@@ -31,7 +31,7 @@ from graphq.passes.targets.onnxruntime import KERNELS
 from graphq.quantizer import quantizers
 from graphq.testing import Unfit, prove
 
-INTEGER = {getattr(integer_ops, k) for k in ("QADD", "QAVERAGE_POOL", "QCONV", "QGEMM", "QMATMUL")}
+INTEGER = {v for ops in (integer_ops, elementwise_ops) for k, v in vars(ops).items() if k.startswith("Q")}
 COMPUTING = [p for p in PATTERNS if any(k.role == "compute" for k in KERNELS.get(p.family, ()))]
 TARGET = get_target("onnxruntime", cpu="vnni")
 EVERYTHING = QuantConfig.load("int8").model_copy(update={"rules": QuantConfig.load("int8").rules[:1]})

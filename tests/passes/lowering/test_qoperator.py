@@ -17,6 +17,22 @@ from graphq.numerics.pairs import along_k, lost_to_int16
 from graphq.passes.targets.onnxruntime import saturates_here
 
 
+class Between(nn.Module):
+    """Products of elements, concatenation, pooling and activations between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.joined, self.last = nn.Conv2d(24, 8, 1), nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = nn.functional.leaky_relu(self.first(x), 0.1)
+        y = torch.sigmoid(self.second(x))
+        z = nn.functional.avg_pool2d(y * x, 3, stride=1, padding=1)
+        joined = self.joined(torch.cat([x, y, z], 1)) * z
+        return self.last(nn.functional.adaptive_avg_pool2d(joined, 1).flatten(1).softmax(-1))
+
+
 def models():
     torch.manual_seed(0)
     vision = nn.Sequential(
@@ -35,8 +51,12 @@ def models():
             nn.Sequential(nn.Linear(9, 16), nn.GELU(), nn.Linear(16, 4, bias=False)),
             [torch.randn(2, 5, 9) for _ in range(3)],
         ),
+        "between": (Between(), [torch.randn(2, 3, 9, 9) for _ in range(3)]),
         "one axis": (nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU()), [torch.randn(2, 3, 11) for _ in range(3)]),
     }
+
+
+BETWEEN = ("Mul", "Concat", "LeakyRelu", "Sigmoid", "Softmax", "AveragePool", "GlobalAveragePool")
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "unguarded"])
@@ -51,6 +71,8 @@ def test_a_qoperator_file_gives_the_references_integers(name, shapes, guard, tmp
     assert result.agrees and result.largest <= 1 and result.share_equal > 0.995
     assert not graphq.explain(quantized, path).disagreements
     kinds = {n.op_type for n in onnx.load(path).graph.node}
+    if name == "between":
+        assert {f"QLinear{k}" for k in BETWEEN} <= kinds
     assert kinds & {"QLinearConv", "QGemm", "MatMulIntegerToFloat"} and not kinds & {"Conv", "Gemm", "MatMul"}
 
 

@@ -34,7 +34,7 @@ from graphq.evaluate.taps import session
 from kernels import vit
 from vs_onnxruntime import MODELS as TRAINED
 
-CALIBRATION, EVALUATION, SLOWER = 32, 64, 1.02
+CALIBRATION, EVALUATION, SLOWER, ROUNDS = 32, 64, 1.02, 41
 MODELS = {**TRAINED, "vit": (vit, zoo.photo_crops, "batch")}
 INT4 = QuantSpec(format="uint4", symmetric=False, granularity="group", group_size=32, observer="mse_grid")
 LINEARS_INT4 = QuantConfig(name="int4 linears", rules=(Rule(select="linear", scheme=Scheme(weight=INT4)),))
@@ -102,7 +102,7 @@ def bench(model: str, python: str, folder: Path) -> tuple[dict[str, dict], dict[
         quality = output_metrics(outputs["fp32"], outputs[method])
         figures[method] = {"sqnr": quality.sqnr, "mb": files[method].stat().st_size / 1e6}
     for size in (1, 8):
-        for m in measure(files, dict(zip(given[0], [v[:size] for v in given[0].values()], strict=True)), rounds=15):
+        for m in measure(files, dict(zip(given[0], [v[:size] for v in given[0].values()], strict=True)), rounds=ROUNDS):
             figures[m.name][f"b{size}_speedup"] = m.speedup
     return figures, failed
 

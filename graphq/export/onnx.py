@@ -26,7 +26,7 @@ from graphq.errors import ExportError
 from graphq.export import contrib, standard
 from graphq.graph.capture import Example, example_of
 from graphq.graph.generated import generate
-from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR
+from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR, SUM
 from graphq.graph.view import module_stack
 
 OPSET = 20
@@ -47,7 +47,12 @@ def _global_average_pool(x):  # type: ignore[no-untyped-def]
     return op.GlobalAveragePool(x)
 
 
+def _sum_of_two(a, b):  # type: ignore[no-untyped-def]
+    return op.Sum(a, b)
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    SUM: _sum_of_two,
     QUANTIZE_LINEAR: _quantize,
     DEQUANTIZE_LINEAR: _dequantize,
     GLOBAL_AVERAGE_POOL: _global_average_pool,

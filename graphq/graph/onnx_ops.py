@@ -4,7 +4,8 @@
     dequantize_linear(codes, scale, zero_point, axis) → float32           per tensor (scalar scale) or per axis
 
 They mean exactly what ONNX's QuantizeLinear and DequantizeLinear mean; the zero point carries the dtype of the codes.
-global_average_pool(x [n, c, …]) is ONNX's GlobalAveragePool, which torch.onnx would write as a ReduceMean.
+global_average_pool(x [n, c, …]) is ONNX's GlobalAveragePool, which torch.onnx would write as a ReduceMean, and
+sum_of_two(a, b) is its Sum, which means what Add means.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], *[1] * (x.ndim - 2))
 
 
+@torch.library.custom_op("graphq::sum_of_two", mutates_args=())
+def sum_of_two(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+@sum_of_two.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
 QUANTIZE_LINEAR = torch.ops.graphq.quantize_linear.default
 DEQUANTIZE_LINEAR = torch.ops.graphq.dequantize_linear.default
 GLOBAL_AVERAGE_POOL = torch.ops.graphq.global_average_pool.default
+SUM = torch.ops.graphq.sum_of_two.default

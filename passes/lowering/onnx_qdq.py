@@ -23,8 +23,10 @@ from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter, value_of
 
+from .attention import write_out_attention
 from .dynamic import lower_dynamic
 from .names import NAME, keep_names, product_name
+from .residual_sums import separate_sums
 from .weight_only import lower_weight_only
 
 aten = torch.ops.aten
@@ -35,6 +37,8 @@ def lower_to_onnx_qdq(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.
     gm = keep_names(converted)
     lower_weight_only(gm, accuracy_level)
     lower_dynamic(gm)
+    write_out_attention(gm)
+    separate_sums(gm)
     for node in list(gm.graph.nodes):
         family, args = family_of(node.target), _args(node)
         if family == "linear" and args[0].target is DEQUANTIZE and args[1].target is DEQUANTIZE:

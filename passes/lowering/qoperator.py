@@ -18,9 +18,11 @@ from graphq.graph.ops import parse_format
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter, value_of
 
+from .attention import write_out_attention
 from .integer_reference import lower_to_integer_reference
 from .names import NAME
 from .onnx_qdq import flat_parameter, global_average_pool, to_onnx_form
+from .residual_sums import separate_sums
 
 # op → (position of codes, of their scale, of their zero point); codes None: of the result, in the format that follows
 OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
@@ -37,6 +39,8 @@ OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
 def lower_to_onnx_qoperator(converted: fx.GraphModule, accuracy_level: int = 0) -> fx.GraphModule:
     """A new graph in ONNX's form that computes the same. accuracy_level: of products with packed weights."""
     gm = lower_to_integer_reference(converted, accuracy_level)
+    write_out_attention(gm)
+    separate_sums(gm)
     for node in gm.graph.nodes:
         node.meta["custom"] = {NAME: name_in_file(node)}
     for node in list(gm.graph.nodes):

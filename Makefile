@@ -10,8 +10,8 @@ PIP := python -m pip install --quiet --disable-pip-version-check -c constraints.
 demo: $(STAMP)            ## quantize two trained models and show what came of it
 	$(BIN)/python examples/demo.py out
 
-test: $(STAMP)            ## the test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)            ## the test suite, a process for each core
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # passes/ is graphq.passes once installed; import-linter reads source trees, so it gets one in which it is there
 lint: $(STAMP)            ## style, types, and which room may know which

@@ -51,6 +51,7 @@ class TensorQuantizer(nn.Module):
         self.observer: Observer | None = None
         self.learn: Learn = ""
         self.clip = True
+        self.settled = False  # an algorithm has chosen scale and values: ranges are not observed any more
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
         self.register_buffer("overall", None)
@@ -69,6 +70,8 @@ class TensorQuantizer(nn.Module):
     def observe(self) -> None:
         """Start over with a fresh observer; a dynamic spec observes the tensor as a whole (local), or nothing."""
         blocks = () if self.spec.dynamic else self.block
+        if self.settled:
+            return
         self.observer = make_observer(self.spec, blocks) if self.spec.dynamic is not True else None
         self.state = "observe"
         if self.then is not None:
@@ -76,6 +79,8 @@ class TensorQuantizer(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Show a tensor to the observer. Raises CalibrationError that names the tensor."""
+        if self.settled:
+            return
         if not self.spec.ragged and self.block:
             check_divides(x.shape, self.block, self.label)
         try:
@@ -93,6 +98,9 @@ class TensorQuantizer(nn.Module):
         all tensors that share a scale per tensor (kinds of two levels), where there are others."""
         if self.then is not None:
             self.then.freeze()
+        if self.settled:
+            self.state = "quantize"
+            return
         if self.spec.dynamic is True:
             self.observer, self.state = None, "quantize"
             return
@@ -108,6 +116,10 @@ class TensorQuantizer(nn.Module):
             self.observer, self.state = None, "quantize"
         else:
             self.set_qparams(*self.spec.choose(lo, hi, self.overall))
+
+    def settle_on(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Keep this scale and zero point, one per block, through calibration; the tensor is on their grid."""
+        self.scale, self.zero_point, self.settled = scale, zero_point, True
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take scale (float32) and zero point (int32), one per block, as they are."""

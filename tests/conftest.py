@@ -15,7 +15,7 @@ import graphq
 import zoo
 from graphq.graph.invariants import checking
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)

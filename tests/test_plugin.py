@@ -1,6 +1,7 @@
 """A package with an op, a pattern and a target of its own: found once installed, gone once uninstalled."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,29 +48,32 @@ print(json.dumps({
 """
 
 
-def python(*words, **options):
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+def python(*words, path=None):
+    """Run Python, with one more folder of packages."""
+    env = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
 
 
-def listed():
+def listed(path=None):
     """(names of the targets, names of the rules that `graphq passes` lists)"""
     code = "from graphq.authoring import TARGETS; print(TARGETS.names())"
-    rules = json.loads(python("-c", "from graphq.cli import main; main()", "passes", "--json").stdout)
-    return python("-c", code).stdout, {r["rule"]: r["origin"] for r in rules}
+    rules = json.loads(python("-c", "from graphq.cli import main; main()", "passes", "--json", path=path).stdout)
+    return python("-c", code, path=path).stdout, {r["rule"]: r["origin"] for r in rules}
 
 
-@pytest.fixture
-def installed():
-    pip = ("-m", "pip", "--disable-pip-version-check")
-    done = python(*pip, "install", "--no-deps", "--no-build-isolation", str(PLUGIN))
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder of its own: other tests run beside these, and must not see the package."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    words = ("install", "--no-deps", "--no-build-isolation", "--target", str(folder), str(PLUGIN))
+    done = python("-m", "pip", "--disable-pip-version-check", *words)
     assert done.returncode == 0, done.stderr
-    yield
-    assert python(*pip, "uninstall", "-y", "acme-graphq").returncode == 0
+    return folder
 
 
 @pytest.mark.parametrize("cpu", ["vnni", "avx2"])
 def test_the_op_of_a_package_runs_end_to_end(installed, cpu):
-    run = python("-c", END_TO_END, cpu)
+    run = python("-c", END_TO_END, cpu, path=installed)
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["actions"] == ["quantize", "quantize"]
@@ -80,15 +84,9 @@ def test_the_op_of_a_package_runs_end_to_end(installed, cpu):
     assert result["proven"] > 0
 
 
-def test_it_is_listed_while_it_is_installed_and_not_afterwards(request):
-    before = listed()
-    assert "acme" not in before[0] and "SwiGLU" not in before[1]
-    request.getfixturevalue("installed")
-    targets, rules = listed()
+def test_it_is_listed_while_it_is_installed_and_not_otherwise(installed):
+    targets, rules = listed(installed)
     assert "acme" in targets
     assert rules["SwiGLU"] == "acme_graphq"
-
-
-def test_after_uninstalling_nothing_is_left():
     targets, rules = listed()
     assert "acme" not in targets and "SwiGLU" not in rules

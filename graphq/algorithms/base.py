@@ -3,22 +3,46 @@
     @ALGORITHMS.register("smoothquant")
     def smoothquant(graphs, run, *, alpha="search"): ...
 
-graphs: made of one model for several targets, all computing the float model; one as a rule. run: shows the calibration
-data to modules, given as (node of the first graph, module) pairs.
+graphs: made of one model for several targets, all computing the float model; one as a rule. run: the calibration data.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphq.errors import ConfigError, did_you_mean
+from graphq.graph.view import set_parameter
 from graphq.registry import Registry
 
-Run = Callable[[Sequence[tuple[fx.Node, nn.Module]]], None]
+T = TypeVar("T")
+
+
+class Stream(Protocol):
+    """All samples on their way through a graph, none ahead of the others."""
+
+    masks: list[Tensor | None]  # for every batch: which tokens count [n, length], where the batch says so
+
+    def until(self, node: fx.Node) -> list[Tensor]:
+        """Run up to this node; its values, one for each batch."""
+
+
+class Run(Protocol):
+    """The calibration data, as often as an algorithm wants them."""
+
+    def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
+        """Show tensors to modules, given as (node of the first graph, module), in one run over the data."""
+
+    def stream(self, gm: fx.GraphModule, *, original: bool = False) -> Stream:
+        """original: with the weights as they were when the stream began."""
+
+    def progress(self, items: Iterable[T], label: str) -> Iterator[T]:
+        """The items, with a bar on the screen."""
+
+
 ALGORITHMS: Registry[Callable[..., None]] = Registry("algorithm", "graphq.algorithms")
 
 
@@ -30,3 +54,12 @@ def check_arguments(name: str, args: dict[str, Any]) -> None:
             raise ConfigError(
                 f"the algorithm {name!r} has no argument {given!r}", remedy=did_you_mean(given, known or ["none"])
             )
+
+
+def replace_read(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:
+    """Let a node read a new parameter in place of another; the model's own stays as it is."""
+    with gm.graph.inserting_before(user):
+        new = gm.graph.get_attr(set_parameter(gm, f"{old.target}_{suffix}", tensor))
+    new.meta = {**old.meta, "val": tensor}
+    user.replace_input_with(old, new)
+    return new

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.base import ALGORITHMS, Run, replace_read
 from graphq.algorithms.samples import RowSamples
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
@@ -167,21 +167,12 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) 
         assert decision is not None and decision.weight is not None
         weight, (_, call) = parameter(gm, decision.weight), quantizer_calls(decision)
         assert weight is not None and call is not None
-        decision.weight = _replace(gm, decision.weight, call, weight.detach() * scale, "smoothed")
+        decision.weight = replace_read(gm, decision.weight, call, weight.detach() * scale, "smoothed")
         decision.reason += "; smoothed"
     if fold:
         _fold(gm, group, scale)
     else:
         _multiply(gm, group, 1 / scale)
-
-
-def _replace(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:
-    """Let a node read a new parameter in place of another; the model's own stays as it is."""
-    with gm.graph.inserting_before(user):
-        new = gm.graph.get_attr(set_parameter(gm, f"{old.target}_{suffix}", tensor))
-    new.meta = {**old.meta, "val": tensor}
-    user.replace_input_with(old, new)
-    return new
 
 
 def _folds(gm: fx.GraphModule, group: Group, scale: Tensor) -> bool:
@@ -204,7 +195,7 @@ def _fold(gm: fx.GraphModule, group: Group, scale: Tensor) -> None:
     for read in _norm_reads(gm, group.source):
         tensor = parameter(gm, read)
         assert tensor is not None
-        _replace(gm, read, group.source, tensor.detach() / scale, "smoothed")
+        replace_read(gm, read, group.source, tensor.detach() / scale, "smoothed")
 
 
 def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:

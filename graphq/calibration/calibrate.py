@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
 from graphq.algorithms import ALGORITHMS
-from graphq.calibration.runner import run_calibration
+from graphq.calibration.runner import progress_of, run_calibration
+from graphq.calibration.stream import Stream
 from graphq.calibration.watch import watching
 from graphq.graph.view import parameter
 from graphq.passes.placement import (
@@ -22,6 +23,8 @@ from graphq.passes.placement import (
     shared_magnitudes,
 )
 from graphq.quantizer import TensorQuantizer, quantizers
+
+T = TypeVar("T")
 
 
 def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
@@ -59,12 +62,26 @@ def _again(data: Any) -> Any:
 def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
     """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
 
-    def run(watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
-        with watching(graphs[0], watchers):
-            run_calibration(graphs[0], data, progress=progress)
-
+    run = _Run(graphs[0], data, progress)
     for algorithm in graphs[0].meta["graphq_config"].algorithms:
         ALGORITHMS[algorithm.name](graphs, run, **algorithm.args)
+
+
+class _Run:
+    """The calibration data for an algorithm: see `graphq.algorithms.base.Run`."""
+
+    def __init__(self, first: fx.GraphModule, data: Any, show: bool) -> None:
+        self.first, self.data, self.show = first, data, show
+
+    def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
+        with watching(self.first, watchers):
+            run_calibration(self.first, self.data, progress=self.show)
+
+    def stream(self, gm: fx.GraphModule, *, original: bool = False) -> Stream:
+        return Stream(gm, self.data, original=original)
+
+    def progress(self, items: Iterable[T], label: str) -> Iterator[T]:
+        return progress_of(items, label, show=self.show)
 
 
 class _Statistics:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch, images_together
 from graphq.errors import CalibrationError
 
+T = TypeVar("T")
 TOGETHER = 4  # samples; more cost memory and gain nothing
 
 
@@ -40,6 +41,14 @@ def run_calibration(gm: fx.GraphModule, data: Any, *, progress: bool = True, tog
             count += many
             bar.advance(task, many)
     return count
+
+
+def progress_of(items: Iterable[T], label: str, *, show: bool) -> Iterator[T]:
+    """The items, with a bar that says how many are done and how long the rest will take."""
+    items = list(items)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not show) as bar:
+        yield from bar.track(items, description=label)
 
 
 def _to(value: Any, device: torch.device) -> Any:

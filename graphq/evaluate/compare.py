@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError
-from graphq.evaluate.verify import flat_inputs, flat_outputs
-from graphq.graph.capture import capture, example_of
+from graphq.evaluate.verify import flat_outputs
+from graphq.graph.capture import capture, example_of, flat_inputs
 from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
 from graphq.graph.several import expect_one

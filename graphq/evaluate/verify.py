@@ -32,7 +32,7 @@ from graphq.evaluate.inductor import compile_program, load_program
 from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import Taps, load_model, session
-from graphq.graph.capture import example_of
+from graphq.graph.capture import flat_inputs
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.integer_ops import name_in_file
 from graphq.graph.nbits_ops import MATMUL_NBITS
@@ -288,13 +288,6 @@ def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes that make the graph's outputs, in order."""
     results = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
     return [n for n in pytree.tree_leaves(results) if isinstance(n, fx.Node)]
-
-
-def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Inputs in the order of the graph's placeholders."""
-    names = list(example_of(gm).dynamic_shapes)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return pytree.tree_leaves([given[n] for n in names if n in given])
 
 
 def feed_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -218,3 +218,10 @@ def _dynamic_dims(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     return {d: Dim.DYNAMIC for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)} or None
+
+
+def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Inputs in the order of the graph's placeholders."""
+    names = list(example_of(gm).dynamic_shapes)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return pytree.tree_leaves([given[n] for n in names if n in given])

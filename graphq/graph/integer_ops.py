@@ -79,8 +79,8 @@ def qconv(
     conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[w.ndim - 3]
     total = conv(centered, w.to(dtype), None, list(stride), list(padding), list(dilation), groups)
     if saturating and _pairs_meet(x, codes) and not _depthwise(codes, groups):
-        columns = _columns(centered, codes, stride, padding, dilation) + x_zero.to(dtype)
-        total = total.double() + _lost(columns, codes, groups)
+        patches = columns(centered, codes, stride, padding, dilation) + x_zero.to(dtype)
+        total = total.double() + _lost(patches, codes, groups)
     if bias is not None:
         total = total.double() + _channels(bias.double(), total.ndim)
     multiplier = (x_scale * w_scale.reshape(-1)) / y_scale
@@ -96,7 +96,7 @@ def _depthwise(w: Tensor, groups: int) -> bool:
     return groups > 1 and groups == w.shape[0] and w.shape[1] == 1
 
 
-def _columns(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def columns(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """x [n, in, …] → [n, positions …, kernel positions …, in]: what each output position multiplies with the weight."""
     x = torch.nn.functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for axis, (size, step, gap) in enumerate(zip(w.shape[2:], stride, dilation, strict=True), start=2):

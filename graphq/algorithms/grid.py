@@ -1,0 +1,84 @@
+"""Grid: the values that the codes of one weight stand for, column by column."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphq.config.spec import QuantSpec
+from graphq.numerics.affine import fake_quantize, quantize
+from graphq.numerics.formats import Integer
+from graphq.numerics.scales import TWO_LEVEL
+from graphq.observers import make_observer
+
+
+class Grid:
+    """Scales and zero points of a weight [out, in], found by its spec's observer.
+
+    block: of the spec, () or (rows, columns) as in `graphq.numerics.affine`. width: columns that share a scale.
+    """
+
+    def __init__(self, spec: QuantSpec, block: tuple[int, ...], weight: Tensor) -> None:
+        self.spec, self.block, self.shape = spec, block, weight.shape
+        self.overall = weight.abs().max()
+        self.width = block[1] if block and block[1] != -1 else weight.shape[1]
+        self.scale, self.zero = self._fit(weight, block)
+        self.fast = isinstance(spec.number_format, Integer) and spec.rounding == "half_even"
+
+    def _fit(self, weight: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        observer = make_observer(self.spec, block)
+        observer.update(weight)
+        overall = self.overall if self.spec.scale in TWO_LEVEL else None
+        return self.spec.choose(*observer.range(), overall)
+
+    def refit(self, start: int, columns: Tensor) -> None:
+        """New scales for the group that starts at this column, from its values [out, width] as they are now."""
+        scale, zero = self._fit(columns, (1, -1) if self.block[0] == 1 else (self.block[0], -1))
+        group = start // self.width
+        self.scale[:, group : group + 1], self.zero[:, group : group + 1] = scale, zero
+
+    def split(self, parts: int) -> list[Grid]:
+        """The grids of equal parts of the rows; a new scale of a part is one of the whole."""
+        rows = self.shape[0] // parts
+        found = []
+        for i in range(parts):
+            part = copy.copy(self)
+            part.shape = torch.Size((rows, self.shape[1]))
+            if self.block and self.block[0] == 1:
+                part.scale, part.zero = (t[i * rows : (i + 1) * rows] for t in (self.scale, self.zero))
+            found.append(part)
+        return found
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest values of the grid."""
+        return fake_quantize(weight, self.scale, self.zero, self.block, self.spec.number_format, **self._how)
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """(scale, zero point), one for every weight or broadcastable to it: [out or 1, in]."""
+        if not self.block:
+            return self.scale.reshape(1, 1).expand(1, self.shape[1]), self.zero.reshape(1, 1).expand(1, self.shape[1])
+        rows = 1 if self.block[0] in (1, -1) else self.block[0]
+        parts = (t.repeat_interleave(rows, 0)[: self.shape[0]] for t in (self.scale, self.zero))
+        first, second = (t.repeat_interleave(self.width, 1)[:, : self.shape[1]] for t in parts)
+        return first, second
+
+    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest values of one column [out], with its scale and zero point [out or 1]."""
+        if not self.fast:
+            spec = self.spec
+            steps, zeros = (t.expand_as(values)[:, None] for t in (scale, zero))
+            return fake_quantize(values[:, None], steps, zeros, (1, 1), spec.number_format, **self._how)[:, 0]
+        low, high = self.spec.number_format.limits(self.spec.narrow_range)
+        return torch.round(values / scale).clamp_(low - zero, high - zero).mul_(scale)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes of a weight on the grid."""
+        return quantize(weight, self.scale, self.zero, self.block, self.spec.number_format, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        spec = self.spec
+        return {"narrow_range": spec.narrow_range, "rounding": spec.rounding, "saturate": spec.saturate}

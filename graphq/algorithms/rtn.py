@@ -1,0 +1,13 @@
+"""Round to nearest, layer by layer: what a weight is rounded to anyway, here with QEP's correction before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphq.algorithms.grid import Grid
+from graphq.algorithms.sequential import weight_algorithm
+
+
+@weight_algorithm("rtn")
+def rtn(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    return grid.rounded(weight)

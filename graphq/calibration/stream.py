@@ -1,0 +1,83 @@
+"""All samples on their way through a graph, op by op, none ahead of the others.
+
+What an op gives is kept for as long as a later op reads it: the frontier of all samples is in memory, and nothing
+behind it. Parameters are read when they are used, so that a weight that has been replaced on the way is seen from there
+on; `original` sees the one that it replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphq.calibration.batches import NO_DATA, batches_of, check_batch
+from graphq.errors import CalibrationError
+from graphq.graph.capture import flat_inputs
+from graphq.graph.view import parameter
+
+MASK = "attention_mask"  # an input of that name says which tokens count
+
+
+class Stream:
+    """See `graphq.algorithms.base.Stream`. Raises CalibrationError for data that cannot be gone through in step."""
+
+    def __init__(self, gm: fx.GraphModule, data: Any, *, original: bool = False) -> None:
+        if callable(data) and not isinstance(data, Iterable):
+            raise CalibrationError("this algorithm goes through the data op by op, and they are a function",
+                                   remedy="Give an iterable of batches.")  # fmt: skip
+        self.gm, self.at = gm, 0
+        self.originals: dict[fx.Node, Tensor] = {}
+        self.order = [n for n in gm.graph.nodes if not self._constant(n)]
+        self.place = {n: i for i, n in enumerate(self.order)}
+        if original:
+            self.originals = {n: self._read(n) for n in gm.graph.nodes if self._constant(n)}
+        self.last = {n: max((self.place[u] for u in n.users if u in self.place), default=-1) for n in self.order}
+        device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
+        self.values: list[dict[fx.Node, Any]] = []
+        self.masks: list[Tensor | None] = []
+        inputs = gm.graph.find_nodes(op="placeholder")
+        for number, (args, kwargs) in enumerate(batches_of(data)):
+            check_batch(gm, args, kwargs, number)
+            moved = [v.to(device) if isinstance(v, Tensor) else v for v in flat_inputs(gm, args, kwargs)]
+            self.values.append(dict(zip(inputs, moved, strict=True)))
+            mask = kwargs.get(MASK)
+            self.masks.append(mask.to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        if not self.values:
+            raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
+
+    @torch.no_grad()
+    def until(self, node: fx.Node) -> list[Tensor]:
+        stop = self.place[node] + 1
+        for values in self.values:
+            for n in self.order[self.at : stop]:
+                self._step(n, values)
+        self.at = max(self.at, stop)
+        return [values[node] for values in self.values]
+
+    def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        if node.op == "placeholder":
+            return
+        given = {n: values[n] if n in values else self._read(n) for n in node.all_input_nodes}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
+        run = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        values[node] = run(*args, **kwargs)  # type: ignore[operator]
+        for n in node.all_input_nodes:
+            if n in values and self.last[n] <= self.place[node]:
+                del values[n]
+
+    def _constant(self, node: fx.Node) -> bool:
+        """A parameter, or a quantizer's call on one: nothing that calibration runs through."""
+        return node.op == "get_attr" or (node.op == "call_module" and parameter(self.gm, node.all_input_nodes[0]) is not None)
+
+    def _read(self, node: fx.Node) -> Tensor:
+        if node in self.originals:
+            return self.originals[node]
+        source = node if node.op == "get_attr" else node.args[0]
+        assert isinstance(source, fx.Node)
+        tensor = parameter(self.gm, source)
+        assert tensor is not None
+        return tensor

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphq.algorithms.smoothquant import SMOOTHED, place_scales
+from graphq.algorithms.scaling import SMOOTHED, place_scales
 from graphq.api import STAGE, Model, convert, prepare, stage_of
 from graphq.config import QuantConfig
 from graphq.errors import ExportError, LoadError, StateError

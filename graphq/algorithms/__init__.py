@@ -1,6 +1,6 @@
 """Algorithms that prepare weights for quantization, by name: `QuantConfig(algorithms=["smoothquant"])`."""
 
-from graphq.algorithms import gptq, rtn, smoothquant
+from graphq.algorithms import awq, gptq, rtn, smoothquant
 from graphq.algorithms.base import ALGORITHMS, Run
 
-__all__ = ["ALGORITHMS", "Run", "gptq", "rtn", "smoothquant"]
+__all__ = ["ALGORITHMS", "Run", "awq", "gptq", "rtn", "smoothquant"]

@@ -9,13 +9,15 @@ MOST = 512
 
 
 class RowSamples(nn.Module):
-    """Keeps evenly spaced rows of the tensors […, channels] that it is called with, and their range per channel.
+    """Keeps evenly spaced rows of the tensors […, channels] that it is called with, and range and mean magnitude per
+    channel.
 
     Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too.
     """
 
     lowest: Tensor
     highest: Tensor
+    magnitude: Tensor
 
     def __init__(self, most: int = MOST) -> None:
         super().__init__()
@@ -29,6 +31,8 @@ class RowSamples(nn.Module):
         lo, hi = rows.amin(0), rows.amax(0)
         self.lowest = lo if not self.count else torch.minimum(self.lowest, lo)
         self.highest = hi if not self.count else torch.maximum(self.highest, hi)
+        magnitude = rows.abs().sum(0, dtype=torch.float64)
+        self.magnitude = magnitude if not self.count else self.magnitude + magnitude
         first = -self.count % self.step
         self.count += len(rows)
         self.kept.append(rows[first :: self.step].clone())
@@ -45,3 +49,8 @@ class RowSamples(nn.Module):
     def largest(self) -> Tensor:
         """Largest magnitude [channels]."""
         return torch.maximum(-self.lowest, self.highest)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean magnitude [channels]."""
+        return (self.magnitude / self.count).float()

@@ -24,6 +24,7 @@ from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.errors import CalibrationError, ConfigError
+from graphq.graph.decision import decision_of
 from graphq.graph.passes import finish
 
 RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
@@ -73,6 +74,13 @@ class _Walk:
     ) -> None:
         self.gm, self.name, self.choose, self.qep, self.qep_damping = gm, name, choose, qep, qep_damping
         self.groups = by_input(gm)
+        if not self.groups:
+            raise ConfigError(
+                "no linear or convolution has a weight of its own that is quantized",
+                where=name,
+                remedy="Let a rule quantize some.",
+            )
+        _explain_others(gm, self.groups, name)
         self.rounded = run.stream(gm)
         self.exact = run.stream(gm, original=True) if qep else None
         self.progress = run.progress
@@ -114,6 +122,15 @@ class _Walk:
         energy = _energy(weight, hessian)
         errors = (_energy(weight - w, hessian) / max(energy, 1e-30) for w in (chosen, grid.rounded(weight)))
         return WeightResult(layer.node.name, layer.view.path, self.name, *errors)
+
+
+def _explain_others(gm: fx.GraphModule, groups: dict[fx.Node, list[Layer]], name: str) -> None:
+    """Say on weights that this algorithm leaves alone why it does."""
+    taken = {layer.node for layers in groups.values() for layer in layers}
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        if decision is not None and decision.weight_spec is not None and node not in taken:
+            decision.reason += f"; to the nearest: {name} takes linears and convolutions with weights of their own"
 
 
 def _alike(layers: list[Layer]) -> list[list[Layer]]:

@@ -25,6 +25,7 @@ from graphq.passes.placement import (
 from graphq.quantizer import TensorQuantizer, quantizers
 
 T = TypeVar("T")
+DONE = "graphq_algorithms_done"  # in the first graph's meta: names of the algorithms that have run
 
 
 def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
@@ -63,8 +64,10 @@ def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bo
     """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
 
     run = _Run(graphs[0], data, progress)
-    for algorithm in graphs[0].meta["graphq_config"].algorithms:
+    done = graphs[0].meta.setdefault(DONE, [])  # more than none where a calibration has failed after them
+    for algorithm in graphs[0].meta["graphq_config"].algorithms[len(done) :]:
         ALGORITHMS[algorithm.name](graphs, run, **algorithm.args)
+        done.append(algorithm.name)
 
 
 class _Run:

@@ -71,7 +71,9 @@ class Stream:
 
     def _constant(self, node: fx.Node) -> bool:
         """A parameter, or a quantizer's call on one: nothing that calibration runs through."""
-        return node.op == "get_attr" or (node.op == "call_module" and parameter(self.gm, node.all_input_nodes[0]) is not None)
+        return node.op == "get_attr" or (
+            node.op == "call_module" and parameter(self.gm, node.all_input_nodes[0]) is not None
+        )
 
     def _read(self, node: fx.Node) -> Tensor:
         if node in self.originals:

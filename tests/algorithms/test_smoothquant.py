@@ -6,7 +6,8 @@ from torch import nn
 
 import graphq
 from graphq.algorithms.samples import RowSamples
-from graphq.algorithms.smoothquant import SMOOTHED, _scale
+from graphq.algorithms.scaling import SMOOTHED
+from graphq.algorithms.smoothquant import _scale
 from graphq.config.config import Algorithm
 from graphq.config.presets import CONFIGS
 from graphq.errors import ConfigError
@@ -50,9 +51,9 @@ def test_outlier_channels_cost_less_and_the_group_has_one_scale(post, tmp_path):
         assert graphq.verify(graph, path, data()).agrees and not graphq.explain(graph, path).disagreements
     assert figures["int8_smoothquant"] > figures["int8"] + 3
     rows = graphq.explain(graph).rows
-    smoothed = [r for r in rows if "; smoothed" in r.reason]
+    smoothed = [r for r in rows if "; scaled by channel" in r.reason]
     assert {"q", "k", "v"} <= {r.layer for r in smoothed}
-    multiplications = [r for r in rows if "scales of smoothquant" in r.reason]
+    multiplications = [r for r in rows if "divides by scales" in r.reason]
     norm = next(n for n in graph.graph.nodes if "layer_norm" in str(n.target))
     assert [norm.name, not post] in graph.meta[SMOOTHED]
     assert (

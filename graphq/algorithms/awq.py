@@ -1,0 +1,82 @@
+"""AWQ (Lin et al., 2023): input channels that carry much are multiplied before their weights are rounded.
+
+    x ─ linear(W)     ⇒     x · 1/s ─ linear(Q(W · s)),     s = mean|x|^r, or mean|x|^r / mean|W|^(1-r)
+
+r and the form are searched for every group of linears that read one tensor, "none" included: what has the least squared
+error of the group's products on samples of the calibration data. Of W every value counts relative to the largest of
+those that share its scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.grid import Grid
+from graphq.algorithms.samples import RowSamples
+from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
+from graphq.errors import ConfigError
+from graphq.graph.decision import decision_of
+from graphq.numerics.affine import blocks_of, expand
+from graphq.passes.placement import quantizer_at, quantizer_calls
+
+SMALLEST = 1e-4
+
+
+@ALGORITHMS.register("awq")
+def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 20, duo: bool = True) -> None:
+    """grid: values of r from 0 to 1 that are tried. duo: try the form with the weights' magnitudes too."""
+    if grid < 1:
+        raise ConfigError(f"a grid has at least one step, not {grid}", where="awq")
+    every = [{g.source.name: g for g in groups(gm)} for gm in graphs]
+    found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
+    if not found:
+        raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")
+    seen = {name: RowSamples() for name in found}
+    run([(g.source, seen[name]) for name, g in found.items()])
+    scales = {}
+    for name, group in run.progress(found.items(), "awq"):
+        scale = _searched(graphs[0], group, seen[name], grid, duo) if seen[name].count else None
+        if scale is not None:
+            scales[name] = scale
+    apply_everywhere(graphs, every, scales)
+
+
+def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples, steps: int, duo: bool) -> Tensor | None:
+    """The best scale, or None where none is better than no scale."""
+    own, rows = weights(gm, group), seen.rows
+    calls = [quantizer_calls(decision_of(n))[1] for n in group.linears]  # type: ignore[arg-type]
+    quantizers = [quantizer_at(gm, c) for c in calls if c is not None]
+    importance = _importance(own, [q.block for q in quantizers])
+    best, chosen = _loss(own, quantizers, rows, torch.ones_like(rows[0])), None
+    for step in range(1, steps + 1):
+        share = step / steps
+        base = seen.mean.clamp(min=SMALLEST).pow(share)
+        forms = [base, base / importance.pow(1 - share).clamp(min=SMALLEST)] if duo else [base]
+        for form in forms:
+            scale = form / (form.max() * form.min()).sqrt()
+            loss = _loss(own, quantizers, rows, scale)
+            if loss < best:
+                best, chosen = loss, scale
+    return chosen
+
+
+def _importance(own: list[Tensor], blocks: list[tuple[int, ...]]) -> Tensor:
+    """Mean of |W| relative to the largest that shares its scale, by column [in]."""
+    parts = []
+    for weight, block in zip(own, blocks, strict=True):
+        largest = blocks_of(weight.abs(), block).amax(-1)
+        parts.append(weight.abs() / expand(largest if block else largest.reshape(()), weight.shape, block).clamp(1e-12))
+    return torch.cat(parts).mean(0)
+
+
+def _loss(own: list[Tensor], quantizers: list, rows: Tensor, scale: Tensor) -> float:  # type: ignore[type-arg]
+    total = 0.0
+    for weight, quantizer in zip(own, quantizers, strict=True):
+        scaled = weight * scale
+        rounded = Grid(quantizer.spec, quantizer.block, scaled).rounded(scaled) / scale
+        total += (rows @ (rounded - weight).T).square().sum().item()
+    return total

@@ -1,0 +1,184 @@
+"""Scales per channel that move from a tensor into the weights that read it: what SmoothQuant and AWQ search for.
+
+    x ─ linear(W)     ⇒     x · 1/s ─ linear(W · s)
+
+The linears that read one tensor (q, k, v; gate, up) are a group with one s. 1/s is folded into what makes the tensor
+where nothing else reads it: a norm, or the linear behind one side of a product (up in down(act(gate) · up)). Else it is
+a multiplication (a residual stream that starts behind the norm, as in BERT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphq.algorithms.base import replace_read
+from graphq.graph.decision import KEY as DECISION
+from graphq.graph.decision import Decision, decision_of
+from graphq.graph.optable import family_of
+from graphq.graph.passes import finish
+from graphq.graph.view import LayerView, parameter, set_parameter, value_of
+from graphq.passes.placement import quantizer_at, quantizer_calls
+
+SMOOTHED = "graphq_smoothed"  # in a graph's meta: the groups that got a scale, so that `load` can make them again
+NORMS = ("layer_norm", "rms_norm")
+Part = tuple[fx.Node, fx.Node]  # a parameter with an entry, or a row, per channel, and the op that reads it
+
+
+@dataclass
+class Group:
+    """Linears that read one tensor. readers: what reads it for them: its quantizer's call, or the linears."""
+
+    source: fx.Node
+    readers: list[fx.Node]
+    linears: list[fx.Node]
+
+    @property
+    def quantized(self) -> bool:
+        """Is the tensor quantized for them?"""
+        return self.readers[0].op == "call_module"
+
+
+def groups(gm: fx.GraphModule) -> list[Group]:
+    """Linears with quantized weights of their own, by the tensor that they read; those of a quantized tensor only where
+    all its readers are such linears."""
+    found = []
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module":
+            if parameter(gm, node.all_input_nodes[0]) is not None or quantizer_at(gm, node).constant or not node.users:
+                continue
+            if all(_scalable(gm, user, node) for user in node.users):
+                found.append(Group(node.all_input_nodes[0], [node], list(node.users)))
+            continue
+        linears = [user for user in node.users if _scalable(gm, user, node)]
+        if linears:
+            found.append(Group(node, linears, linears))
+    return found
+
+
+def _scalable(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
+    decision = decision_of(node)
+    if family_of(node.target) != "linear" or decision is None or decision.weight_spec is None:
+        return False
+    _, call = quantizer_calls(decision)
+    return call is not None and len(call.users) == 1 and node.args[0] is source and not quantizer_at(gm, call).settled
+
+
+def weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
+    """[out, in] each, in float32."""
+    tensors = [parameter(gm, decision_of(n).weight) for n in group.linears]  # type: ignore[union-attr]
+    return [t.detach().float() for t in tensors if t is not None]
+
+
+def apply_everywhere(
+    graphs: Sequence[fx.GraphModule], found: Sequence[dict[str, Group]], scales: dict[str, Tensor]
+) -> None:
+    """Put scales, by the names of their tensors, into all graphs alike. found: the groups of each graph."""
+    folds = {n: all(_folds(gm, g[n]) for gm, g in zip(graphs, found, strict=True)) for n in scales}
+    for gm, named in zip(graphs, found, strict=True):
+        for name, scale in scales.items():
+            apply_scale(gm, named[name], scale, fold=folds[name])
+        gm.meta[SMOOTHED] = [*gm.meta.get(SMOOTHED, []), *([name, folds[name]] for name in scales)]
+        finish(gm)
+
+
+def place_scales(gm: fx.GraphModule, smoothed: Sequence[tuple[str, bool]]) -> None:
+    """Scales of one for the groups of these tensors, folded or not: their values come from a file."""
+    for name, fold in smoothed:
+        group = next((g for g in groups(gm) if g.source.name == name), None)
+        if group is not None:
+            apply_scale(gm, group, torch.ones_like(weights(gm, group)[0][0]), fold=fold)
+    if smoothed:
+        gm.meta[SMOOTHED] = [list(s) for s in smoothed]
+        finish(gm)
+
+
+def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) -> None:
+    """Divide the tensor by the scale [in], where it is made or by a multiplication, and multiply the weights by it."""
+    for node in group.linears:
+        decision = decision_of(node)
+        assert decision is not None and decision.weight is not None
+        weight, (_, call) = parameter(gm, decision.weight), quantizer_calls(decision)
+        assert weight is not None and call is not None
+        scaled = (weight.detach() * scale).to(weight.dtype)
+        decision.weight = replace_read(gm, decision.weight, call, scaled, "smoothed")
+        decision.reason += "; scaled by channel"
+    if fold:
+        for read, user in made_by(gm, group.source, group.readers) or ():
+            _divide(gm, read, user, scale)
+    else:
+        _multiply(gm, group, 1 / scale)
+
+
+def _folds(gm: fx.GraphModule, group: Group) -> bool:
+    return made_by(gm, group.source, group.readers) is not None
+
+
+def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> list[Part] | None:
+    """The parameters that scale a tensor's channels when they are scaled, or None if there are none, or others than
+    the readers would see it."""
+    if any(user not in readers for user in node.users):
+        return None
+    view, family = LayerView(gm, node), family_of(node.target)
+    if family in NORMS:
+        reads = [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
+        known = [parameter(gm, r) for r in reads]
+        channels = value_of(node).shape[-1]
+        whole = all(t is not None and t.shape == (channels,) for t in known)
+        return [(r, node) for r in reads] if view.arg("weight") is not None and whole else None
+    if family == "mul":
+        sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and value_of(a).shape == value_of(node).shape]
+        return next((p for p in (made_by(gm, side, [node]) for side in reversed(sides)) if p), None)
+    return _rows_of_linear(gm, node) if family == "linear" else None
+
+
+def _rows_of_linear(gm: fx.GraphModule, node: fx.Node) -> list[Part] | None:
+    decision, view = decision_of(node), LayerView(gm, node)
+    if decision is not None and decision.weight is not None and decision.weight_spec is not None:
+        _, call = quantizer_calls(decision)
+        weight = decision.weight
+        if call is None or len(call.users) > 1 or quantizer_at(gm, call).settled:
+            return None
+    else:
+        weight, call = view.arg("weight"), node
+    parts = [(weight, call)]
+    bias = view.arg("bias")
+    if bias is not None:
+        parts.append((bias, node))
+    return parts if all(parameter(gm, r) is not None and len(r.users) == 1 for r, _ in parts) else None
+
+
+def _divide(gm: fx.GraphModule, read: fx.Node, user: fx.Node, scale: Tensor) -> None:
+    tensor = parameter(gm, read)
+    assert tensor is not None
+    divided = (tensor.detach() / (scale if tensor.ndim == 1 else scale[:, None])).to(tensor.dtype)
+    new = replace_read(gm, read, user, divided, "smoothed")
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        if decision is not None and decision.weight is read:
+            decision.weight = new
+        if decision is not None and decision.bias is read:
+            decision.bias = new
+
+
+def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
+    base = str(decision_of(group.linears[0]).weight.target).rpartition(".")[0]  # type: ignore[union-attr]
+    name = f"{base}.smoothing" if base else "smoothing"
+    with gm.graph.inserting_before(group.readers[0]):
+        read = gm.graph.get_attr(set_parameter(gm, name, factor))
+        made = (group.source, read)  # named after its source: in the graphs of several targets it is the same tensor
+        product = gm.graph.create_node(
+            "call_function", torch.ops.aten.mul.Tensor, made, name=f"{group.source.name}_smoothed"
+        )
+    read.meta = {"val": factor}
+    product.meta = {k: v for k, v in group.source.meta.items() if k in ("val", "nn_module_stack")}
+    product.meta[DECISION] = Decision("float", "divides by scales of channels", rule="algorithm")
+    for reader in group.readers:
+        reader.replace_input_with(group.source, product)
+    for node in group.linears:
+        decision = decision_of(node)
+        assert decision is not None
+        decision.inputs = {product if k is group.source else k: v for k, v in decision.inputs.items()}

@@ -1,0 +1,232 @@
+"""GPTQ and QEP give what their formulas say, on one pass of the data, and their codes reach the runtime."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.algorithms import sequential
+from graphq.algorithms.gptq import gptq, inverse_factor
+from graphq.algorithms.grid import Grid
+from graphq.algorithms.sequential import RESULTS
+from graphq.calibration.stream import Stream
+from graphq.errors import CalibrationError, ConfigError
+
+GROUPS = QuantSpec(format="int4", granularity="group", group_size=16)
+ROWS = QuantSpec(format="uint4", granularity="channel", symmetric=False)
+
+
+def config(*algorithms, spec=GROUPS, select="linear"):
+    return QuantConfig(name="weights", rules=(Rule(select=select, scheme=Scheme(weight=spec)),), algorithms=algorithms)
+
+
+def correlated(count=4, width=32, rows=40):
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(1))
+    return [torch.randn(2, rows, width, generator=torch.Generator().manual_seed(i)) @ mixing for i in range(count)]
+
+
+def hessian_of(data):
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in data])
+    return rows.T @ rows
+
+
+def by_elimination(weight, hessian, grid, order, damping=0.01):
+    """Optimal brain surgery, column by column, in float64: the inverse shrinks by one column at every step."""
+    w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    h[np.diag_indices_from(h)] += damping * np.diag(h).mean()
+    inverse, result = np.linalg.inv(h), np.zeros_like(w)
+    scales, zeros = (t.expand(len(w), -1).double().numpy() for t in grid.columns())
+    low, high = grid.spec.number_format.limits()
+    for i in order:
+        codes = np.clip(np.round(w[:, i] / scales[:, i]), low - zeros[:, i], high - zeros[:, i])
+        result[:, i] = codes * scales[:, i]
+        w -= np.outer(w[:, i] - result[:, i], inverse[i] / inverse[i, i])
+        inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        inverse[i, i] = 1.0  # done with
+    return result
+
+
+@pytest.mark.parametrize("spec", [GROUPS, ROWS], ids=["groups", "rows"])
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("block", [5, 128])
+def test_columns_are_those_of_the_inverse_that_shrinks(spec, order, block):
+    weight, hessian = torch.randn(24, 32), hessian_of(correlated())
+    grid = Grid(spec, spec.block_for(2), weight)
+    places = list(range(32)) if order == "none" else hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    wanted = by_elimination(weight, hessian, grid, places)
+    found = gptq(weight, hessian, grid, order=order, block=block)
+    steps = ((found.double().numpy() - wanted) / grid.columns()[0].double().numpy()).round()
+    assert (steps != 0).mean() < 0.005  # float32 against float64 at a tie, and what follows from it
+    assert torch.equal(grid.rounded(found), found)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"order": "none"}, {"order": "none", "groups": "dynamic"}])
+@pytest.mark.parametrize("format", ["int4", "fp4_e2m1", "int8"])
+def test_products_are_closer_than_with_the_nearest_values(format, arguments):
+    spec = GROUPS.model_copy(update={"format": format})
+    weight, hessian = torch.randn(24, 32), hessian_of(correlated())
+    grid = Grid(spec, spec.block_for(2), weight)
+    nearest = weight - grid.rounded(weight)
+    error = weight - gptq(weight, hessian, grid, **arguments)
+    assert ((error @ hessian) * error).sum() < 0.8 * ((nearest @ hessian) * nearest).sum()
+
+
+def test_dead_columns_and_too_few_rows_are_no_hindrance():
+    x = correlated(1, rows=3)[0]
+    x[..., [4, 9]] = 0
+    weight, hessian = torch.randn(8, 32), hessian_of([x])
+    grid = Grid(GROUPS, GROUPS.block_for(2), weight)
+    found = gptq(weight, hessian, grid)
+    assert torch.isfinite(found).all() and not found[:, [4, 9]].any()
+
+
+def test_moments_that_are_no_numbers_are_refused():
+    with pytest.raises(CalibrationError, match="too few directions"):
+        inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+
+
+def test_qep_moves_the_weight_by_what_its_inputs_have_lost():
+    weight, exact = torch.randn(6, 8), torch.randn(50, 8)
+    rounded = exact + 0.1 * torch.randn(50, 8)
+    x, y = exact.double().numpy().T, rounded.double().numpy().T
+    w = weight.double().numpy()
+    damped = y @ y.T + 0.01 * np.mean(np.diag(y @ y.T)) * np.eye(8)
+    wanted = w @ (x - y) @ y.T @ np.linalg.inv(damped)
+    found = sequential._correction(weight, rounded.T @ rounded, (exact - rounded).T @ rounded, 0.01)
+    assert np.allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+class Decoder(nn.Module):
+    """The shape of a Llama's block: q, k, v read one tensor, gate and up another."""
+
+    def __init__(self, layers=2, width=32, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({
+                "norm": nn.RMSNorm(width), "q": nn.Linear(width, width), "k": nn.Linear(width, width),
+                "v": nn.Linear(width, width), "o": nn.Linear(width, width), "norm2": nn.RMSNorm(width),
+                "gate": nn.Linear(width, 48), "up": nn.Linear(width, 48), "down": nn.Linear(48, width),
+            }) for _ in range(layers)
+        )  # fmt: skip
+
+    def forward(self, x, attention_mask=None):
+        for b in self.blocks:
+            y = b["norm"](x)
+            q, k, v = (b[n](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in "qkv")
+            x = x + b["o"](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            y = b["norm2"](x)
+            x = x + b["down"](nn.functional.silu(b["gate"](y)) * b["up"](y))
+        return x if attention_mask is None else x * attention_mask[..., None]
+
+
+@pytest.mark.parametrize("qep", [0.0, 0.5])
+def test_moments_are_computed_once_for_layers_that_read_one_tensor_and_ops_run_once(qep, monkeypatch):
+    moments, ops = [], []
+    compute, step = sequential._moments, Stream._step
+    monkeypatch.setattr(sequential, "_moments", lambda *args: moments.append(1) or compute(*args))
+    monkeypatch.setattr(Stream, "_step", lambda self, node, values: ops.append(node.name) or step(self, node, values))
+    model, data = Decoder().eval(), correlated()
+    graph = graphq.quantize(model, config({"name": "gptq", "args": {"qep": qep}}), data, progress=False)
+    assert len(graph.meta[RESULTS]) == 14 and len(moments) == 8
+    assert max(ops.count(name) for name in set(ops)) == len(data) * (2 if qep else 1)
+
+
+def test_layers_see_the_inputs_that_rounded_layers_give_and_qep_helps():
+    model, data = Decoder(4).eval(), correlated(8)
+    held = correlated(10)[8:]
+    quality = {}
+    for name, algorithms in {
+        "nearest": ["rtn"], "gptq": ["gptq"], "qep": [{"name": "gptq", "args": {"qep": 0.5}}]
+    }.items():  # fmt: skip
+        graph = graphq.quantize(model, config(*algorithms), data, progress=False)
+        quality[name] = graphq.compare(model, graph, held, per_op=False).sqnr
+        for result in graph.meta[RESULTS]:
+            assert result.error <= result.error_nearest * 1.001 and result.layer
+    assert quality["nearest"] + 1.5 < quality["gptq"] < quality["qep"]
+
+
+def test_round_to_nearest_as_an_algorithm_is_what_happens_without_one():
+    model, data = Decoder(1).eval(), correlated()
+    plain, named = (graphq.quantize(model, config(*a), data, progress=False) for a in ((), ("rtn",)))
+    assert torch.equal(plain(data[0]), named(data[0]))
+
+
+def test_tokens_that_the_mask_leaves_out_do_not_count():
+    model, data = Decoder(1).eval(), correlated()
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[:, 25:] = 0
+    noisy = [x.clone() for x in data]
+    for x in noisy:
+        x[:, 25:] = 1000 * torch.randn(2, 15, 32)
+    grids = []
+    for batches in (data, noisy):
+        given = [{"x": x, "attention_mask": mask} for x in batches]
+        graph = graphq.quantize(model, config("gptq", select="blocks.0.q"), given, progress=False)
+        grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
+    assert torch.equal(*grids)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_are_matrices_of_patches(groups):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(8, 6, 1)).eval()
+    mixing = torch.randn(4, 4)
+    smooth = [nn.functional.avg_pool2d(torch.einsum("oc,nchw->nohw", mixing, torch.randn(2, 4, 14, 14)), 3, 1)
+              for _ in range(6)]  # fmt: skip
+    spec = QuantSpec(format="int4", granularity="channel")
+    sqnr = []
+    for algorithms in ((), ("gptq",)):
+        settings = config(*algorithms, spec=spec, select="conv").model_copy(update={"bias_correction": False})
+        graph = graphq.quantize(model, settings, smooth[:4], progress=False)
+        sqnr.append(graphq.compare(model, graph, smooth[4:], per_op=False).sqnr)
+    assert sqnr[1] > sqnr[0] + 1
+
+
+def test_codes_reach_the_file_and_are_kept_when_saved(tmp_path):
+    model, data = Decoder(1).eval(), correlated()
+    graph = graphq.quantize(model, config("gptq"), data, progress=False)
+    path = graphq.export(graph, tmp_path / "m.onnx")
+    assert graphq.verify(graph, path, data[:1]).agrees
+    rows = graphq.explain(graph, path)
+    assert rows.kernels()["MatMulNBits"] == 7 and not rows.disagreements
+    assert all("; gptq" in r.reason for r in rows.rows if r.predicted == "MatMulNBits")
+    loaded = graphq.load(graphq.save(graph, tmp_path / "saved"), model)
+    assert torch.equal(loaded(data[0]), graph(data[0]))
+
+
+def test_a_tied_weight_stays_with_the_nearest_values_and_says_so():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix, self.head = nn.Embedding(20, 32), nn.Linear(32, 32), nn.Linear(32, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.mix(self.table(ids)))
+
+    ids = [torch.randint(0, 20, (2, 7)) for _ in range(3)]
+    graph = graphq.quantize(Tied().eval(), config("gptq", select="linear | embedding"), ids, progress=False)
+    reasons = {r.layer: r.reason for r in graphq.explain(graph).rows if r.layer in ("table", "head", "mix")}
+    assert reasons["mix"].endswith("; gptq")
+    assert all("to the nearest" in reasons[n] for n in ("table", "head"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"order": "sideways"}, "sideways"), ({"groups": "dynamic"}, "neighbours"), ({"qep": 2}, "from 0 to 1"),
+     ({"dampening": 1}, "no argument 'dampening'. Did you mean 'damping'")],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message.split(".")[0]):
+        graphq.quantize(Decoder(1).eval(), config({"name": "gptq", "args": arguments}), correlated(), progress=False)
+
+
+def test_what_it_cannot_work_with_is_refused():
+    with pytest.raises(ConfigError, match="no linear or convolution has a weight"):
+        graphq.quantize(nn.Sequential(nn.ReLU()).eval(), config("gptq", select="*"), correlated(), progress=False)
+    prepared = graphq.prepare(Decoder(1).eval(), config("gptq"), (correlated()[0],))
+    with pytest.raises(CalibrationError, match="they are a function"):
+        graphq.calibrate(prepared, lambda graph: graph(correlated()[0]), progress=False)

@@ -135,8 +135,8 @@ def test_moments_are_computed_once_for_layers_that_read_one_tensor_and_ops_run_o
 
 
 def test_layers_see_the_inputs_that_rounded_layers_give_and_qep_helps():
-    model, data = Decoder(4).eval(), correlated(8)
-    held = correlated(10)[8:]
+    model, data = Decoder(2).eval(), correlated(8)
+    held = correlated(9)[8:]
     quality = {}
     for name, algorithms in {
         "nearest": ["rtn"], "gptq": ["gptq"], "qep": [{"name": "gptq", "args": {"qep": 0.5}}]

@@ -61,7 +61,7 @@ def figures(model: torch.nn.Module, settings: QuantConfig | str, data: list, hel
     prepared = graphq.prepare(model, settings, example, target="simulation", dynamic_shapes=shapes)
     graph = graphq.calibrate(prepared, data, progress=False)
     took = time.perf_counter() - start
-    folded = graphq.qat.fold_weights(graph)
+    folded = graphq.fold_weights(graph)
     return {"perplexity": perplexity(lambda ids: folded(ids), held), "seconds": took}
 
 

@@ -24,18 +24,19 @@ from graphq.numerics.affine import blocks_of, expand
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
 SMALLEST = 1e-4
+ROWS = 256  # of every tensor, evenly spaced: more change no choice and take longer
 
 
 @ALGORITHMS.register("awq")
-def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 20, duo: bool = True) -> None:
-    """grid: values of r from 0 to 1 that are tried. duo: try the form with the weights' magnitudes too."""
+def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool = True) -> None:
+    """grid: values of r up to 1 that are tried. duo: try the form with the weights' magnitudes too."""
     if grid < 1:
         raise ConfigError(f"a grid has at least one step, not {grid}", where="awq")
     every = [{g.source.name: g for g in groups(gm)} for gm in graphs]
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
     if not found:
         raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")
-    seen = {name: RowSamples() for name in found}
+    seen = {name: RowSamples(ROWS) for name in found}
     run([(g.source, seen[name]) for name, g in found.items()])
     scales = {}
     for name, group in run.progress(found.items(), "awq"):
@@ -77,6 +78,7 @@ def _loss(own: list[Tensor], quantizers: list, rows: Tensor, scale: Tensor) -> f
     total = 0.0
     for weight, quantizer in zip(own, quantizers, strict=True):
         scaled = weight * scale
-        rounded = Grid(quantizer.spec, quantizer.block, scaled).rounded(scaled) / scale
+        spec = quantizer.spec.model_copy(update={"observer": "minmax", "observer_args": {}})  # a search in a search
+        rounded = Grid(spec, quantizer.block, scaled).rounded(scaled) / scale
         total += (rows @ (rounded - weight).T).square().sum().item()
     return total

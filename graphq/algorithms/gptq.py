@@ -51,38 +51,41 @@ def gptq(
 
 
 def _walk(w: Tensor, factor: Tensor, grid: Grid, places: Tensor, block: int, *, refit: bool) -> Tensor:
-    """w [out, in], its columns in the order of `places` → their rounded values."""
-    w, result = w.clone(), torch.empty_like(w)
-    scales, zeros = grid.columns()
-    where = places.tolist()
-    for start in range(0, w.shape[1], block):
-        stop = min(start + block, w.shape[1])
-        part, errors, inner = w[:, start:stop], torch.empty_like(w[:, start:stop]), factor[start:stop, start:stop]
+    """w [out, in], its columns in the order of `places` → their rounded values. Columns are rows here: contiguous."""
+    w = w.T.contiguous()
+    result = torch.empty_like(w)
+    nearest, where = grid.nearest(), places.tolist()
+    for start in range(0, len(w), block):
+        stop = min(start + block, len(w))
+        part, errors, inner = w[start:stop], torch.empty_like(w[start:stop]), factor[start:stop, start:stop]
+        diagonal = inner.diagonal().tolist()
         for i in range(stop - start):
-            column, at = part[:, i], where[start + i]
+            at = where[start + i]
             if refit and at % grid.width == 0:
-                grid.refit(at, _current(w, errors, factor, start, i, grid.width))
-                scales, zeros = grid.columns()
-            rounded = grid.nearest(column, scales[:, at], zeros[:, at])
-            error = (column - rounded) / inner[i, i]
-            part[:, i + 1 :].addr_(error, inner[i, i + 1 :], alpha=-1)
-            result[:, start + i], errors[:, i] = rounded, error
-        w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return result
+                grid.refit(at, _current(w, errors, factor, start, i, grid.width).T)
+                nearest = grid.nearest()
+            rounded = nearest(part[i], at, result[start + i])
+            torch.sub(part[i], rounded, out=errors[i]).div_(diagonal[i])
+            part[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return result.T
 
 
 def _current(w: Tensor, errors: Tensor, factor: Tensor, start: int, i: int, width: int) -> Tensor:
-    """The next columns of w as they are: those behind the block have not heard of the errors in it."""
+    """The next rows of w as they are: those behind the block have not heard of the errors in it."""
     first = start + i
-    last, told = min(first + width, w.shape[1]), start + errors.shape[1]
-    columns = w[:, first:last].clone()
+    last, told = min(first + width, len(w)), start + len(errors)
+    rows = w[first:last].clone()
     if last > told:
-        columns[:, told - first :] -= errors[:, :i] @ factor[start:first, told:last]
-    return columns
+        rows[told - first :] -= factor[start:first, told:last].T @ errors[:i]
+    return rows
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U with H⁻¹ = Uᵀ·U, upper triangular, float32. Raises CalibrationError where H stays singular."""
+    """U with H⁻¹ = Uᵀ·U, upper triangular, float32. Raises CalibrationError where H stays singular.
+
+    With the order of columns turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
+    """
     hessian = hessian.double()
     diagonal = hessian.diagonal().clone()
     diagonal[diagonal == 0] = 1.0
@@ -90,12 +93,10 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     for _ in range(RETRIES):
         damped = hessian.clone()
         damped.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed:
-            return upper.float()
+            one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1).float()
         damping = max(damping, 1e-4) * 10
     raise CalibrationError(
         "the inputs of this layer span too few directions", remedy="Give more calibration data, or more damping."

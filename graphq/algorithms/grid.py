@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,14 +66,25 @@ class Grid:
         first, second = (t.repeat_interleave(self.width, 1)[:, : self.shape[1]] for t in parts)
         return first, second
 
-    def nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest values of one column [out], with its scale and zero point [out or 1]."""
+    def nearest(self) -> Callable[[Tensor, int, Tensor], Tensor]:
+        """A function (values [out] of a column, its place, result) → the nearest values, written into the result."""
+        scales, zeros = (t.T.contiguous() for t in self.columns())
+        spec = self.spec
         if not self.fast:
-            spec = self.spec
-            steps, zeros = (t.expand_as(values)[:, None] for t in (scale, zero))
-            return fake_quantize(values[:, None], steps, zeros, (1, 1), spec.number_format, **self._how)[:, 0]
-        low, high = self.spec.number_format.limits(self.spec.narrow_range)
-        return torch.round(values / scale).clamp_(low - zero, high - zero).mul_(scale)
+
+            def rounded(values: Tensor, at: int, result: Tensor) -> Tensor:
+                steps, zero = (t[at].expand_as(values)[:, None] for t in (scales, zeros))
+                found = fake_quantize(values[:, None], steps, zero, (1, 1), spec.number_format, **self._how)
+                return result.copy_(found[:, 0])
+
+            return rounded
+        low, high = ((limit - zeros).float() for limit in spec.number_format.limits(spec.narrow_range))
+
+        def fast(values: Tensor, at: int, result: Tensor) -> Tensor:
+            scale = scales[at]
+            return torch.div(values, scale, out=result).round_().clamp_(low[at], high[at]).mul_(scale)
+
+        return fast
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of a weight on the grid."""

@@ -43,8 +43,9 @@ def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: b
         named = {n.name: n for n in first.gm.graph.nodes}
         seen = [(named[name], w) for s in statistics for name, w in s.watchers()]
         seen += [(named[name], q) for s in others for name, q in s.activations()]
+        watched = seen or any(q.observer is not None for _, q in first.activations())
         with watching(first.gm, seen):
-            run_calibration(first.gm, data, progress=progress, together=together)
+            run_calibration(first.gm, data, progress=progress, together=together, only_check=not watched)
         for s in statistics:
             s.freeze()
     except BaseException:

@@ -17,9 +17,12 @@ T = TypeVar("T")
 TOGETHER = 4  # samples; more cost memory and gain nothing
 
 
-def run_calibration(gm: fx.GraphModule, data: Any, *, progress: bool = True, together: bool = True) -> int:
+def run_calibration(
+    gm: fx.GraphModule, data: Any, *, progress: bool = True, together: bool = True, only_check: bool = False
+) -> int:
     """Run every batch through the graph; returns how many. Raises CalibrationError before any work if there is none
-    or the first does not fit. together: small batches of images may run as one."""
+    or the first does not fit. together: small batches of images may run as one. only_check: nobody looks at what the
+    graph computes, so nothing is run."""
     if callable(data) and not isinstance(data, Iterable):
         with torch.no_grad():
             data(gm)
@@ -29,6 +32,8 @@ def run_calibration(gm: fx.GraphModule, data: Any, *, progress: bool = True, tog
     if first is None:
         raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
     check_batch(gm, *first, number=0)
+    if only_check:
+        return 0
     total = len(data) if hasattr(data, "__len__") else None
     device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
     count = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphq.algorithms import ALGORITHMS, weight_algorithm
 from graphq.graph.capture import capture
 from graphq.graph.equivalence import Equivalence
 from graphq.graph.fork import fork
@@ -32,7 +33,8 @@ def traced(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Pattern:
 
 
 __all__ = [
-    "OP", "PASSES", "TARGETS", "Equivalence", "FunctionPass", "Invariant", "Kernel", "LayerView", "Match", "Pass",
-    "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport", "Target",
+    "ALGORITHMS", "OP", "PASSES", "TARGETS", "Equivalence", "FunctionPass", "Invariant", "Kernel", "LayerView", "Match",
+    "Pass", "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport", "Target",
     "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "traced",
+    "weight_algorithm",
 ]  # fmt: skip

@@ -2,5 +2,6 @@
 
 from graphq.algorithms import awq, gptq, rtn, smoothquant
 from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.sequential import weight_algorithm
 
-__all__ = ["ALGORITHMS", "Run", "awq", "gptq", "rtn", "smoothquant"]
+__all__ = ["ALGORITHMS", "Run", "awq", "gptq", "rtn", "smoothquant", "weight_algorithm"]

@@ -34,7 +34,7 @@ def gptq(
     stand. groups: scales come from the float weight ("static"), or from the weight as it is when its group is reached.
     block: columns whose errors are collected before the columns behind them are told."""
     if order not in ("activation", "none") or groups not in ("static", "dynamic"):
-        raise ConfigError(f"order {order!r}, groups {groups!r}", where="gptq", remedy="See docs/gptq.md.")
+        raise ConfigError(f"order {order!r}, groups {groups!r}", where="gptq", remedy="See docs/algorithms.md.")
     if groups == "dynamic" and order == "activation":
         raise ConfigError(
             "dynamic groups are those of neighbours", where="gptq", remedy="order: none, or groups: static."

@@ -60,13 +60,13 @@ class Layer:
         args = (self.view.arg(k) for k in ("stride", "padding", "dilation"))
         return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.weight.shape[2:]))
 
-    def settle(self, chosen: Tensor, scale: Tensor, zero: Tensor, name: str) -> None:
+    def settle(self, chosen: Tensor, scale: Tensor, zero: Tensor, name: str, note: str) -> None:
         """Take this weight [out, K], which is on the grid of these scales; ranges are not observed any more."""
         old, gm = self.weight, self.view.gm
         tensor = from_k(chosen, old.shape) if self.view.family == "conv" else chosen
         assert self.decision.weight is not None
         self.decision.weight = replace_read(gm, self.decision.weight, self.call, tensor.to(old.dtype), name)
-        self.decision.reason += f"; {name}"
+        self.decision.reason += f"; {note}"
         rank = len(self.quantizer.block)
         self.quantizer.settle_on(*(t.reshape(*t.shape, *[1] * (rank - 2)) if rank > 2 else t for t in (scale, zero)))
 

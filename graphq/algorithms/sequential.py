@@ -109,8 +109,10 @@ class _Walk:
                 chosen = self._choose(aimed, hessian, grid)
             except CalibrationError as e:
                 raise CalibrationError(e.what, where=layer.view.where(), remedy=e.remedy) from e
-            self.results.append(self._result(layer, aimed, hessian, grid, chosen))
-            layer.settle(chosen, grid.scale, grid.zero, self.name)
+            result = self._result(layer, aimed, hessian, grid, chosen)
+            self.results.append(result)
+            lost = f"{result.error:.2%} of its products' energy lost, to the nearest {result.error_nearest:.2%}"
+            layer.settle(chosen, grid.scale, grid.zero, self.name, f"{self.name}: {lost}")
 
     def _choose(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         if len(hessian) == 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphq.config.config import QuantConfig, Rule
+from graphq.config.config import Algorithm, QuantConfig, Rule
 from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
 
@@ -162,19 +162,24 @@ MODELOPT_ATTENTION: dict[str, Scheme] = {  # what enters attention; layers stay 
 
 # ModelOpt's names for a format together with a weight algorithm: the preset of the format, and the algorithm
 WITH_ALGORITHM = {
-    "INT8_SMOOTHQUANT_CFG": ("INT8_DEFAULT_CFG", "SmoothQuant"),
-    "INT4_AWQ_CFG": ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "AWQ"),
-    "NVFP4_AWQ_LITE_CFG": ("NVFP4_DEFAULT_CFG", "AWQ"),
-    "NVFP4_AWQ_CLIP_CFG": ("NVFP4_DEFAULT_CFG", "AWQ"),
-    "NVFP4_AWQ_FULL_CFG": ("NVFP4_DEFAULT_CFG", "AWQ"),
+    "NVFP4_AWQ_CLIP_CFG": ("NVFP4_DEFAULT_CFG", "AWQ with clipped ranges"),
+    "NVFP4_AWQ_FULL_CFG": ("NVFP4_DEFAULT_CFG", "AWQ with clipped ranges"),
     "NVFP4_SVDQUANT_DEFAULT_CFG": ("NVFP4_DEFAULT_CFG", "SVDQuant"),
-    "W4A8_AWQ_BETA_CFG": ("W4AFP8", "AWQ"),
     "NVFP4_FOUR_OVER_SIX_CFG": ("NVFP4_DEFAULT_CFG", "Four over Six"),
     "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": ("NVFP4_DEFAULT_CFG", "local Hessian"),
     "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": ("NVFP4_DEFAULT_CFG", "MSE sweep of the block scales"),
     "FP8_AFFINE_KV_CFG": ("FP8_KV_CFG", "affine keys and values"),
     "NVFP4_AFFINE_KV_CFG": ("NVFP4_KV_CFG", "affine keys and values"),
     "NVFP4_KV_ROTATE_CFG": ("NVFP4_KV_CFG", "rotation of keys"),
+}
+
+
+# ModelOpt's names of a format and an algorithm, which is searched for here: format, algorithm
+PREPARED = {
+    "INT8_SMOOTHQUANT_CFG": ("INT8_DEFAULT_CFG", "smoothquant"),
+    "INT4_AWQ_CFG": ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "awq"),
+    "NVFP4_AWQ_LITE_CFG": ("NVFP4_DEFAULT_CFG", "awq"),
+    "W4A8_AWQ_BETA_CFG": ("W4AFP8", "awq"),
 }
 
 
@@ -211,3 +216,7 @@ KNOWN_CONFIGS["NVFP4_FP8_MHA_CONFIG"] = QuantConfig(
     name="NVFP4_FP8_MHA_CONFIG",
     rules=(Rule(select=LAYERS, scheme=_NVFP4), Rule(select="attention", scheme=Scheme(input=FP8), optional=True)),
 )
+KNOWN_CONFIGS |= {
+    name: KNOWN_CONFIGS[form].model_copy(update={"name": name, "algorithms": (Algorithm(name=algorithm),)})
+    for name, (form, algorithm) in PREPARED.items()
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphq.config.config import QuantConfig, Rule
+from graphq.config.config import Algorithm, QuantConfig, Rule
 from graphq.config.known import KNOWN_CONFIGS, KNOWN_SCHEMES
 from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
@@ -19,6 +19,12 @@ SCHEMES: dict[str, Scheme] = {
     "int8_dynamic": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_DYNAMIC),
     "float": Scheme(),
 }
+
+WEIGHT_INT4 = QuantSpec(format="uint4", symmetric=False, granularity="group", group_size=64, observer="mse_grid")
+INT4_LINEARS = (
+    Rule(select="linear", scheme=Scheme(weight=WEIGHT_INT4)),
+    Rule(select="embedding | *lm_head", scheme=Scheme(weight=WEIGHT_INT8), optional=True, reason="tables and heads"),
+)
 
 FLOAT_ATTENTION = (
     Rule(
@@ -48,6 +54,13 @@ CONFIGS: dict[str, QuantConfig] = {
     ),
     "int8_dynamic": QuantConfig(
         name="int8_dynamic", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic"]), *FLOAT_ATTENTION)
+    ),
+    "int4": QuantConfig(name="int4", rules=INT4_LINEARS),
+    "int4_awq": QuantConfig(name="int4_awq", rules=INT4_LINEARS, algorithms=("awq",)),  # type: ignore[arg-type]
+    "int4_gptq": QuantConfig(
+        name="int4_gptq",
+        rules=INT4_LINEARS,
+        algorithms=(Algorithm(name="gptq", args={"qep": 0.5}),),
     ),
     "int8_weight_only": QuantConfig(
         name="int8_weight_only", rules=(Rule(select="*", scheme=SCHEMES["int8_weight_only"]),)

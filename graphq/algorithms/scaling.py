@@ -132,7 +132,41 @@ def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> li
     if family == "mul":
         sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and value_of(a).shape == value_of(node).shape]
         return next((p for p in (made_by(gm, side, [node]) for side in reversed(sides)) if p), None)
+    if family == "reshape":
+        heads = _heads_side_by_side(gm, node)
+        return None if heads is None else made_by(gm, *heads)
     return _rows_of_linear(gm, node) if family == "linear" else None
+
+
+def _heads_side_by_side(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """What o reads is attention over v, [n, length, heads · d], and a channel of it is that channel of v: (the linear
+    of v, its reader). Not where several query heads share one of v."""
+    attention = _only_input(_only_input(node, "reshape"), "transpose")
+    if attention is None or family_of(attention.target) != "attention":
+        return None
+    value = LayerView(gm, attention).arg("value")
+    split = _only_input(value, "transpose")
+    linear = _only_input(split, "reshape")
+    if linear is None or split is None or family_of(linear.target) != "linear" or len(value.users) > 1:
+        return None
+    n, heads, length, width = value_of(value).shape
+    shapes = [list(map(str, value_of(t).shape)) for t in (attention, split, linear, node)]
+    whole = [str(s) for s in (n, length, heads * width)]
+    wanted = [
+        [str(n), str(heads), str(length), str(width)],
+        [str(n), str(length), str(heads), str(width)],
+        whole,
+        whole,
+    ]
+    return (linear, [split]) if shapes == wanted else None
+
+
+def _only_input(node: fx.Node | None, family: str) -> fx.Node | None:
+    """What an op of that family reads, if nothing else reads it."""
+    if node is None or family_of(node.target) != family:
+        return None
+    source = node.all_input_nodes[0]
+    return source if len(source.users) == 1 else None
 
 
 def _rows_of_linear(gm: fx.GraphModule, node: fx.Node) -> list[Part] | None:

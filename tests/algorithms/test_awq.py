@@ -42,6 +42,7 @@ def test_scales_go_into_norms_and_the_other_side_of_a_product_and_the_function_i
     found = dict(graph.meta[SMOOTHED])
     assert all(found[n] for n in found if n.startswith(("rms_norm", "mul")))
     assert sum(n.startswith("rms_norm") for n in found) == 4 and sum(n.startswith("mul") for n in found) == 2
+    assert [fold for name, fold in found.items() if not name.startswith(("rms_norm", "mul"))] == [True, True]  # v → o
     for quantizer in quantizers(graph).values():
         quantizer.state = "off"
     for x in data(8)[6:]:

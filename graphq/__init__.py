@@ -10,6 +10,7 @@ graphq.verify(quantized, "model.onnx", batches)         # is what was simulated 
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config import presets as presets
+from graphq.eager import apply_weights
 from graphq.errors import GraphqError
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
@@ -28,6 +29,7 @@ __all__ = [
     "QuantSpec",
     "Rule",
     "Scheme",
+    "apply_weights",
     "calibrate",
     "capture",
     "capture_like",

@@ -1,0 +1,79 @@
+"""Put what calibration and weight algorithms have made of the weights back into the model that was traced.
+
+So that everything that is written for the model still works (`model.generate`, an evaluation harness): its weights are
+those of the quantized graph, dequantized. Activations stay float.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphq.algorithms import ALGORITHMS
+from graphq.errors import StateError
+from graphq.graph.view import parameter
+from graphq.qat import FOLDED
+from graphq.quantizer import TensorQuantizer
+
+WORDS = ("smoothed", "corrected")
+MADE_BY_TRACING = "lifted_tensor"  # constants of the model's own forward, by torch.export's name
+
+
+@torch.no_grad()
+def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
+    """A copy of the model with the weights of a calibrated graph, dequantized, and the norms and biases that go with
+    them.
+
+    Raises StateError for graphs of another stage, for other models, and for graphs with tensors that the model has no
+    place for: folded batch norms, scales of channels that stand between two ops.
+    """
+    if calibrated.meta.get("graphq_stage") != "calibrated" or FOLDED in calibrated.meta:
+        raise StateError(
+            "weights are applied from a calibrated graph", remedy="Call graphq.prepare and graphq.calibrate first."
+        )
+    result = copy.deepcopy(model)
+    state = dict(result.named_parameters(remove_duplicate=False)) | dict(result.named_buffers(remove_duplicate=False))
+    given: dict[str, Tensor] = {}
+    for node in calibrated.graph.find_nodes(op="get_attr"):
+        tensor = parameter(calibrated, node)
+        if tensor is None or not tensor.is_floating_point() or not node.users:
+            continue
+        name = _original(str(node.target), state)
+        value = _as_read(calibrated, node, tensor)
+        if name is None and MADE_BY_TRACING not in str(node.target):
+            raise StateError(
+                "the model has no place for this tensor of the graph",
+                where=str(node.target),
+                remedy="Apply weights of graphs without folded batch norms and without scales between ops.",
+            )
+        if name is None:
+            continue
+        if name in given and not torch.equal(given[name], value):
+            raise StateError("this weight is shared, and quantized in two ways", where=name, remedy="Untie it first.")
+        given[name] = value
+    for name, value in given.items():
+        if state[name].shape != value.shape:
+            raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")
+        state[name].data = value.to(state[name].dtype).clone()
+    return result
+
+
+def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> Tensor:
+    """The tensor as the ops see it: through its quantizer, if it has one."""
+    for user in node.users:
+        quantizer = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(quantizer, TensorQuantizer):
+            found: Tensor = quantizer(tensor)
+            return found
+    return tensor.detach()
+
+
+def _original(name: str, state: dict[str, Tensor]) -> str | None:
+    """The model's own name of a tensor: what keeps its place appends words to it."""
+    while name not in state:
+        name, _, word = name.rpartition("_")
+        if word not in (*WORDS, *ALGORITHMS.names()):
+            return None
+    return name

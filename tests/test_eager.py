@@ -1,0 +1,62 @@
+"""Weights of a graph, put back into the model: it computes what the graph does, and other graphs are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphq
+from graphq import QuantConfig
+from graphq.errors import StateError
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        return x + self.second(torch.tanh(self.first(self.norm(x))))
+
+
+def data():
+    return [torch.randn(2, 9, 64) * torch.linspace(0.1, 4, 64) for _ in range(4)]
+
+
+def calibrated(model, *algorithms):
+    config = QuantConfig(name="w4", rules=QuantConfig.load("int4").rules, algorithms=algorithms)
+    return graphq.calibrate(graphq.prepare(model, config, (data()[0],)), data(), progress=False)
+
+
+@pytest.mark.parametrize("algorithms", [(), ("gptq",)])
+def test_the_model_computes_what_the_graph_does(algorithms):
+    model = nn.Sequential(Block(), Block()).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    graph = calibrated(model, *algorithms)
+    applied = graphq.apply_weights(graph, model)
+    x = data()[0]
+    assert torch.allclose(applied(x), graph(x), rtol=1e-6, atol=1e-6) and not torch.allclose(applied(x), model(x))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_folded_scales_go_into_the_norms():
+    model = nn.Sequential(Block(), Block()).eval()
+    graph = calibrated(model, {"name": "awq"}, "gptq")
+    if any(not fold for _, fold in graph.meta["graphq_smoothed"]):
+        with pytest.raises(StateError, match="no place"):
+            graphq.apply_weights(graph, model)
+    else:
+        applied = graphq.apply_weights(graph, model)
+        assert torch.allclose(applied(data()[0]), graph(data()[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_the_model_is_refused():
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    images = [torch.randn(2, 3, 8, 8)]
+    graph = graphq.calibrate(graphq.prepare(conv, "int8", (images[0],)), images, progress=False)
+    with pytest.raises(StateError, match="no place for this tensor"):
+        graphq.apply_weights(graph, conv)
+    with pytest.raises(StateError, match="calibrated graph"):
+        graphq.apply_weights(graphq.convert(graph), conv)
+    other = nn.Sequential(Block(), nn.Sequential(Block())).eval()
+    with pytest.raises(StateError, match="no place for this tensor"):
+        graphq.apply_weights(calibrated(nn.Sequential(Block(), Block()).eval()), other)

@@ -69,11 +69,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--windows", type=int, default=64, help="for perplexity")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--specs", nargs="+", default=list(SPECS), choices=list(SPECS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        results = run(checkpoint(options.model or Path(scratch) / "model"), options.windows)
+        folder = checkpoint(options.model or Path(scratch) / "model")
+        results = run(folder, options.windows, options.specs, options.methods)
     console = Console(width=110)
     for name, rows in results.items():
         table = Table("method", "perplexity", "gap to RTN closed", "seconds", title=name)
@@ -92,17 +95,18 @@ def main() -> int:
     return 1 if options.check and bad else 0
 
 
-def run(folder: Path, count: int) -> dict[str, dict[str, dict[str, float]]]:
+def run(folder: Path, count: int, specs: list[str], methods: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     from transformers import AutoModelForCausalLM
 
     model = Logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")).eval()
     every = windows(folder, count + CALIBRATION)
     held, data = every[:count], every[count:]
     results = {"float": {"float": {"perplexity": perplexity(model, held), "seconds": 0.0}}}
-    for name, spec in SPECS.items():
+    for name in specs:
         results[name] = {}
-        for method, (observer, algorithms) in METHODS.items():
-            results[name][method] = figures(model, config(spec, observer, algorithms), data, held)
+        for method in methods:
+            observer, algorithms = METHODS[method]
+            results[name][method] = figures(model, config(SPECS[name], observer, algorithms), data, held)
             print(name, method, results[name][method], flush=True)
     head = Rule(select="embedding | *lm_head", reason="embedding and head")
     for preset in ("int8", "int8_smoothquant"):
@@ -115,7 +119,10 @@ def run(folder: Path, count: int) -> dict[str, dict[str, dict[str, float]]]:
 def failures(results: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """What --check asks for and does not find."""
     floats, bad = results["float"]["float"]["perplexity"], []
-    for name in SPECS:
+    for name in SPECS.keys() & results.keys():
+        if not {"RTN", "GPTQ", "GPTQ + QEP"} <= results[name].keys():
+            bad.append(f"{name}: not all methods were run")
+            continue
         ppl = {method: r["perplexity"] for method, r in results[name].items()}
         if ppl["RTN"] - ppl["GPTQ"] < 0.5 * (ppl["RTN"] - floats):
             bad.append(f"{name}: GPTQ {ppl['GPTQ']:.2f}, RTN {ppl['RTN']:.2f}, float {floats:.2f}")

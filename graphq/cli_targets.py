@@ -82,22 +82,30 @@ def bench_command(
 ) -> None:
     """Measure the latency of quantized files against the float model in the same runtime, interleaved."""
     by_suffix = {f.suffix: f for f in floats}
+    if len(by_suffix) < len(floats):
+        raise StateError("two float files are of one kind", where=str(floats[-1]), remedy="One for each kind of file.")
     groups: dict[str, list[Path]] = {}
     for file in files:
         if file.suffix not in by_suffix:
             raise StateError(f"there is no float {file.suffix} file", where=str(file), remedy="Give it with --float.")
-        asked = [check_runtime(t) for t in targets] if targets and file.suffix == ".onnx" else [runtime_of(file)]
-        for runtime in asked:
+        elsewhere = targets if file.suffix == ".onnx" else []
+        for runtime in [check_runtime(t, str(file)) for t in elsewhere] or [runtime_of(file)]:
             groups.setdefault(runtime, []).append(file)
     results: list[dict[str, Any]] = []
     for runtime, members in groups.items():
         base = by_suffix[members[0].suffix]
         for size in batch:
             feed = random_feed(base, batch=size, sequence=sequence)
-            timed = measure({"fp32": base, **{f.name: f for f in members}}, feed, rounds=rounds, runtime=runtime)
+            named: dict[str, str | Path] = {"fp32": base, **{_label(f, members): f for f in members}}
+            timed = measure(named, feed, rounds=rounds, runtime=runtime)
             results.append({"runtime": runtime, "batch": size, "latency": [vars(m) for m in timed]})
             if not as_json:
                 console.print(f"{runtime}, batch {size}")
                 console.print(latency_table(timed))
     if as_json:
         emit(results)
+
+
+def _label(file: Path, others: list[Path]) -> str:
+    """The name of a file, with its folder where another has that name."""
+    return file.name if sum(f.name == file.name for f in others) == 1 else str(file)

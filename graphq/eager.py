@@ -17,7 +17,8 @@ from graphq.graph.view import parameter
 from graphq.qat import FOLDED
 from graphq.quantizer import TensorQuantizer
 
-WORDS = ("smoothed", "corrected")
+TRANSPOSED = "t"
+WORDS = ("smoothed", "corrected", "guarded", TRANSPOSED)
 MADE_BY_TRACING = "lifted_tensor"  # constants of the model's own forward, by torch.export's name
 
 
@@ -38,21 +39,20 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
     given: dict[str, Tensor] = {}
     for node in calibrated.graph.find_nodes(op="get_attr"):
         tensor = parameter(calibrated, node)
-        if tensor is None or not tensor.is_floating_point() or not node.users:
+        if tensor is None or not tensor.is_floating_point() or MADE_BY_TRACING in str(node.target):
             continue
-        name = _original(str(node.target), state)
-        value = _as_read(calibrated, node, tensor)
-        if name is None and MADE_BY_TRACING not in str(node.target):
-            raise StateError(
-                "the model has no place for this tensor of the graph",
-                where=str(node.target),
-                remedy="Apply weights of graphs without folded batch norms and without scales between ops.",
-            )
-        if name is None:
-            continue
-        if name in given and not torch.equal(given[name], value):
-            raise StateError("this weight is shared, and quantized in two ways", where=name, remedy="Untie it first.")
-        given[name] = value
+        for value in _as_read(calibrated, node, tensor):
+            name, turned = _original(str(node.target), state)
+            if name is None:
+                raise StateError(
+                    "the model has no place for this tensor of the graph",
+                    where=str(node.target),
+                    remedy="Apply weights of graphs without folded batch norms and without scales between ops.",
+                )
+            value = value.T if turned else value
+            if name in given and not torch.equal(given[name], value):
+                raise StateError("this weight is shared, and read in two ways", where=name, remedy="Untie it first.")
+            given[name] = value
     for name, value in given.items():
         if state[name].shape != value.shape:
             raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")
@@ -60,20 +60,21 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
     return result
 
 
-def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> Tensor:
-    """The tensor as the ops see it: through its quantizer, if it has one."""
+def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[Tensor]:
+    """The tensor as the ops see it that read it: through a quantizer, or as it is."""
+    found = []
     for user in node.users:
         quantizer = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(quantizer, TensorQuantizer):
-            found: Tensor = quantizer(tensor)
-            return found
-    return tensor.detach()
+        found.append(quantizer(tensor) if isinstance(quantizer, TensorQuantizer) else tensor.detach())
+    return found
 
 
-def _original(name: str, state: dict[str, Tensor]) -> str | None:
-    """The model's own name of a tensor: what keeps its place appends words to it."""
+def _original(name: str, state: dict[str, Tensor]) -> tuple[str | None, bool]:
+    """(the model's own name of a tensor, whether it is transposed there): what keeps its place appends words to it."""
+    turned = False
     while name not in state:
         name, _, word = name.rpartition("_")
         if word not in (*WORDS, *ALGORITHMS.names()):
-            return None
-    return name
+            return None, False
+        turned ^= word == TRANSPOSED
+    return name, turned

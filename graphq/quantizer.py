@@ -117,9 +117,10 @@ class TensorQuantizer(nn.Module):
         else:
             self.set_qparams(*self.spec.choose(lo, hi, self.overall))
 
-    def settle_on(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Keep this scale and zero point, one per block, through calibration; the tensor is on their grid."""
-        self.scale, self.zero_point, self.settled = scale, zero_point, True
+    def settle_on(self, scale: Tensor | None, zero_point: Tensor | None = None, overall: Tensor | None = None) -> None:
+        """Keep this scale and zero point, one per block, through calibration; the tensor is on their grid. None: be
+        calibrated as usual."""
+        self.scale, self.zero_point, self.overall, self.settled = scale, zero_point, overall, scale is not None  # type: ignore[assignment]
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take scale (float32) and zero point (int32), one per block, as they are."""

@@ -60,3 +60,20 @@ def test_what_does_not_fit_the_model_is_refused():
     other = nn.Sequential(Block(), nn.Sequential(Block())).eval()
     with pytest.raises(StateError, match="no place for this tensor"):
         graphq.apply_weights(calibrated(nn.Sequential(Block(), Block()).eval()), other)
+
+
+def test_a_table_that_is_read_as_it_is_and_through_a_quantizer_is_refused():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 64), nn.Linear(64, 20, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    ids = [torch.randint(0, 20, (2, 7))]
+    config = QuantConfig(rules=QuantConfig.load("int4").rules[:1])
+    graph = graphq.calibrate(graphq.prepare(Tied().eval(), config, (ids[0],)), ids, progress=False)
+    with pytest.raises(StateError, match="read in two ways"):
+        graphq.apply_weights(graph, Tied().eval())

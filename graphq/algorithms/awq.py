@@ -32,7 +32,7 @@ def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool
     """grid: values of r up to 1 that are tried. duo: try the form with the weights' magnitudes too."""
     if grid < 1:
         raise ConfigError(f"a grid has at least one step, not {grid}", where="awq")
-    every = [{g.source.name: g for g in groups(gm)} for gm in graphs]
+    every = [{g.name: g for g in groups(gm)} for gm in graphs]
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
     if not found:
         raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")

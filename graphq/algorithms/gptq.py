@@ -33,14 +33,16 @@ def gptq(
     """damping: λ, relative to the mean of H's diagonal. order: columns whose inputs are largest come first, or as they
     stand. groups: scales come from the float weight ("static"), or from the weight as it is when its group is reached.
     block: columns whose errors are collected before the columns behind them are told."""
+    if block < 1 or damping <= 0:
+        raise ConfigError(f"block {block} and damping {damping} are positive numbers", where="gptq")
     if order not in ("activation", "none") or groups not in ("static", "dynamic"):
         raise ConfigError(f"order {order!r}, groups {groups!r}", where="gptq", remedy="See docs/algorithms.md.")
     if groups == "dynamic" and order == "activation":
         raise ConfigError(
             "dynamic groups are those of neighbours", where="gptq", remedy="order: none, or groups: static."
         )
-    dead = hessian.diagonal() == 0
-    weight = weight.masked_fill(dead, 0.0)
+    if not hessian.any():
+        return grid.rounded(weight)  # its inputs are zero in all data
     if order == "activation":
         places = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     else:
@@ -61,7 +63,7 @@ def _walk(w: Tensor, factor: Tensor, grid: Grid, places: Tensor, block: int, *, 
         diagonal = inner.diagonal().tolist()
         for i in range(stop - start):
             at = where[start + i]
-            if refit and at % grid.width == 0:
+            if refit and grid.block and at % grid.width == 0:
                 grid.refit(at, _current(w, errors, factor, start, i, grid.width).T)
                 nearest = grid.nearest()
             rounded = nearest(part[i], at, result[start + i])
@@ -88,8 +90,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     hessian = hessian.double()
     diagonal = hessian.diagonal().clone()
-    diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean()
+    mean = diagonal[diagonal != 0].mean()
+    diagonal[diagonal == 0] = mean  # of inputs that are always zero: any rounding will do
     for _ in range(RETRIES):
         damped = hessian.clone()
         damped.diagonal().copy_(diagonal + damping * mean)

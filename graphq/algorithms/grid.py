@@ -14,30 +14,44 @@ from graphq.numerics.affine import fake_quantize, quantize
 from graphq.numerics.formats import Integer
 from graphq.numerics.scales import TWO_LEVEL
 from graphq.observers import make_observer
+from graphq.observers.mse_grid import WeightedMseGrid
 
 
 class Grid:
     """Scales and zero points of a weight [out, in], found by its spec's observer.
 
     block: of the spec, () or (rows, columns) as in `graphq.numerics.affine`. width: columns that share a scale.
+    overall: the largest magnitude of all weights that share a scale over their scales. importance: of the columns [in],
+    for observers that want it.
     """
 
-    def __init__(self, spec: QuantSpec, block: tuple[int, ...], weight: Tensor) -> None:
-        self.spec, self.block, self.shape = spec, block, weight.shape
-        self.overall = weight.abs().max()
+    def __init__(
+        self,
+        spec: QuantSpec,
+        block: tuple[int, ...],
+        weight: Tensor,
+        *,
+        overall: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> None:
+        self.spec, self.block, self.shape, self.importance = spec, block, weight.shape, importance
+        self.overall = weight.abs().max() if overall is None else overall
         self.width = block[1] if block and block[1] != -1 else weight.shape[1]
-        self.scale, self.zero = self._fit(weight, block)
+        self.scale, self.zero = self._fit(weight, block, importance)
         self.fast = isinstance(spec.number_format, Integer) and spec.rounding == "half_even"
 
-    def _fit(self, weight: Tensor, block: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _fit(self, weight: Tensor, block: tuple[int, ...], importance: Tensor | None) -> tuple[Tensor, Tensor]:
         observer = make_observer(self.spec, block)
+        if isinstance(observer, WeightedMseGrid):
+            observer.importance = importance
         observer.update(weight)
         overall = self.overall if self.spec.scale in TWO_LEVEL else None
         return self.spec.choose(*observer.range(), overall)
 
     def refit(self, start: int, columns: Tensor) -> None:
         """New scales for the group that starts at this column, from its values [out, width] as they are now."""
-        scale, zero = self._fit(columns, (1, -1) if self.block[0] == 1 else (self.block[0], -1))
+        part = None if self.importance is None else self.importance[start : start + columns.shape[1]]
+        scale, zero = self._fit(columns, (1, -1) if self.block[0] == 1 else (self.block[0], -1), part)
         group = start // self.width
         self.scale[:, group : group + 1], self.zero[:, group : group + 1] = scale, zero
 

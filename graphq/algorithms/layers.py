@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import replace_read
+from graphq.algorithms.grid import Grid
 from graphq.config.spec import QuantSpec
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.integer_ops import columns
 from graphq.graph.view import LayerView, parameter
+from graphq.numerics.formats import SharedExponents
 from graphq.numerics.pairs import along_k, from_k
 from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
@@ -28,6 +30,7 @@ class Layer:
     decision: Decision
     call: fx.Node
     quantizer: TensorQuantizer
+    before: tuple[fx.Node, str] | None = None  # weight and reason, while a weight has been chosen
 
     @property
     def node(self) -> fx.Node:
@@ -60,47 +63,71 @@ class Layer:
         args = (self.view.arg(k) for k in ("stride", "padding", "dilation"))
         return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.weight.shape[2:]))
 
-    def settle(self, chosen: Tensor, scale: Tensor, zero: Tensor, name: str, note: str) -> None:
-        """Take this weight [out, K], which is on the grid of these scales; ranges are not observed any more."""
-        old, gm = self.weight, self.view.gm
+    def settle(self, chosen: Tensor, grid: Grid, name: str, note: str) -> None:
+        """Take this weight [out, K], which is on the grid; ranges are not observed any more."""
+        old, gm, read = self.weight, self.view.gm, self.decision.weight
+        assert read is not None
+        self.before = (read, self.decision.reason)
         tensor = from_k(chosen, old.shape) if self.view.family == "conv" else chosen
-        assert self.decision.weight is not None
-        self.decision.weight = replace_read(gm, self.decision.weight, self.call, tensor.to(old.dtype), name)
+        self.decision.weight = replace_read(gm, read, self.call, tensor.to(old.dtype), name)
         self.decision.reason += f"; {note}"
+        self.decision.original = old
         rank = len(self.quantizer.block)
-        self.quantizer.settle_on(*(t.reshape(*t.shape, *[1] * (rank - 2)) if rank > 2 else t for t in (scale, zero)))
+        scale, zero = (t.reshape(*t.shape, *[1] * (rank - 2)) if rank > 2 else t for t in (grid.scale, grid.zero))
+        self.quantizer.settle_on(scale, zero, grid.overall)
+
+    def unsettle(self) -> None:
+        """Take that back."""
+        if self.before is None or self.decision.weight is None:
+            return
+        read, self.decision.reason = self.before
+        self.call.replace_input_with(self.decision.weight, read)
+        self.decision.weight, self.decision.original, self.before = read, None, None
+        self.quantizer.settle_on(None)
 
 
-def by_input(gm: fx.GraphModule) -> dict[fx.Node, list[Layer]]:
-    """Layers by the float tensor that they read, in the order of the graph."""
+def by_input(gm: fx.GraphModule) -> tuple[dict[fx.Node, list[Layer]], dict[fx.Node, str]]:
+    """(layers by the float tensor that they read, in the order of the graph; other ops with quantized weights, and why
+    these are left alone)."""
     found: dict[fx.Node, list[Layer]] = {}
+    others: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
-        layer = _layer(gm, node)
-        if layer is not None:
-            found.setdefault(_source(gm, node), []).append(layer)
+        decision = decision_of(node)
+        if decision is None or decision.weight_spec is None or decision.weight is None:
+            continue
+        layer = _layer(LayerView(gm, node), decision)
+        if isinstance(layer, Layer):
+            found.setdefault(_source(node), []).append(layer)
+        else:
+            others[node] = layer
     place = {n: i for i, n in enumerate(gm.graph.nodes)}
-    return dict(sorted(found.items(), key=lambda item: place[item[0]]))
+    return dict(sorted(found.items(), key=lambda item: place[item[0]])), others
 
 
-def _layer(gm: fx.GraphModule, node: fx.Node) -> Layer | None:
-    decision, view = decision_of(node), LayerView(gm, node)
-    if decision is None or decision.weight_spec is None or view.family not in FAMILIES:
-        return None
+def _layer(view: LayerView, decision: Decision) -> Layer | str:
+    """The layer, or why its weight cannot be chosen."""
     _, call = quantizer_calls(decision)
-    if call is None or len(call.users) > 1 or decision.weight is None or len(decision.weight.users) > 1:
-        return None  # a tied weight: what is good for one reader is not for the other
-    quantizer = quantizer_at(gm, call)
-    spec = quantizer.spec
-    by_columns = view.family == "linear" and spec.axis in (None, 1, -1)
-    fits = spec.granularity in ("tensor", "channel") or (spec.granularity in ("group", "block") and by_columns)
-    if not fits or spec.then is not None or spec.ragged or quantizer.settled:
-        return None
+    if view.family not in FAMILIES or call is None:
+        return f"the weight of {view.family} has no products to look at"
+    if len(call.users) > 1 or len(decision.weight.users) > 1:  # type: ignore[union-attr]
+        return "others read this weight too, and what is good for one is not for all"
+    quantizer, spec = quantizer_at(view.gm, call), quantizer_at(view.gm, call).spec
+    if quantizer.settled:
+        return "an algorithm before this one has chosen it"
+    if spec.then is not None:
+        return "it is quantized twice"
+    if isinstance(spec.number_format, SharedExponents):
+        return f"{spec.format} shares exponents between columns"
+    if spec.granularity in ("group", "block") and (view.family != "linear" or spec.axis not in (None, 1, -1)):
+        return "its groups do not run along the inputs"
     if spec.granularity == "channel" and quantizer.block[0] != 1:
-        return None
+        return "its scales are those of input channels"
+    if _source(view.node).op == "get_attr":
+        return "its input is a parameter"
     return Layer(view, decision, call, quantizer)
 
 
-def _source(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     while source.op == "call_module" and isinstance(source.args[0], fx.Node):

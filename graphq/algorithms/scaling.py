@@ -37,6 +37,11 @@ class Group:
     linears: list[fx.Node]
 
     @property
+    def name(self) -> str:
+        """The same in the graphs of several targets; a tensor may be read quantized and not."""
+        return self.source.name if self.quantized else f"{self.source.name}.float"
+
+    @property
     def quantized(self) -> bool:
         """Is the tensor quantized for them?"""
         return self.readers[0].op == "call_module"
@@ -64,7 +69,8 @@ def _scalable(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
     if family_of(node.target) != "linear" or decision is None or decision.weight_spec is None:
         return False
     _, call = quantizer_calls(decision)
-    return call is not None and len(call.users) == 1 and node.args[0] is source and not quantizer_at(gm, call).settled
+    own = call is not None and len(call.users) == 1 and decision.weight is not None and len(decision.weight.users) == 1
+    return own and node.args[0] is source and not quantizer_at(gm, call).settled  # type: ignore[arg-type]
 
 
 def weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
@@ -88,7 +94,7 @@ def apply_everywhere(
 def place_scales(gm: fx.GraphModule, smoothed: Sequence[tuple[str, bool]]) -> None:
     """Scales of one for the groups of these tensors, folded or not: their values come from a file."""
     for name, fold in smoothed:
-        group = next((g for g in groups(gm) if g.source.name == name), None)
+        group = next((g for g in groups(gm) if g.name == name), None)
         if group is not None:
             apply_scale(gm, group, torch.ones_like(weights(gm, group)[0][0]), fold=fold)
     if smoothed:
@@ -107,7 +113,9 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) 
         decision.weight = replace_read(gm, decision.weight, call, scaled, "smoothed")
         decision.reason += "; scaled by channel"
     if fold:
-        for read, user in made_by(gm, group.source, group.readers) or ():
+        parts = made_by(gm, group.source, group.readers)
+        assert parts is not None, group.name
+        for read, user in parts:
             _divide(gm, read, user, scale)
     else:
         _multiply(gm, group, 1 / scale)
@@ -129,7 +137,7 @@ def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> li
         channels = value_of(node).shape[-1]
         whole = all(t is not None and t.shape == (channels,) for t in known)
         return [(r, node) for r in reads] if view.arg("weight") is not None and whole else None
-    if family == "mul":
+    if family == "mul" and node.args[0] is not node.args[1]:
         sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and value_of(a).shape == value_of(node).shape]
         return next((p for p in (made_by(gm, side, [node]) for side in reversed(sides)) if p), None)
     if family == "reshape":
@@ -201,7 +209,7 @@ def _divide(gm: fx.GraphModule, read: fx.Node, user: fx.Node, scale: Tensor) -> 
 def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
     base = str(decision_of(group.linears[0]).weight.target).rpartition(".")[0]  # type: ignore[union-attr]
     name = f"{base}.smoothing" if base else "smoothing"
-    with gm.graph.inserting_before(group.readers[0]):
+    with gm.graph.inserting_before(min(group.readers)):
         read = gm.graph.get_attr(set_parameter(gm, name, factor))
         made = (group.source, read)  # named after its source: in the graphs of several targets it is the same tensor
         product = gm.graph.create_node(

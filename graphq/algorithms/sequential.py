@@ -23,11 +23,15 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
-from graphq.errors import CalibrationError, ConfigError
+from graphq.config.spec import QuantSpec
+from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.decision import decision_of
 from graphq.graph.passes import finish
+from graphq.numerics.affine import check_divides
+from graphq.passes.placement import shared_magnitudes
 
 RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
+TRIAL = QuantSpec(format="int8", granularity="channel")
 WeightFunction = Callable[..., Tensor]
 
 
@@ -49,19 +53,29 @@ def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
     """
 
     def register(function: WeightFunction) -> WeightFunction:
-        @functools.wraps(function)
         def algorithm(
             graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01, **args: Any
         ) -> None:
-            if not 0 <= qep <= 1:
-                raise ConfigError(f"qep is a share from 0 to 1, not {qep!r}", where=name)
-            for gm in graphs:
-                _Walk(gm, run, name, functools.partial(function, **args), qep, qep_damping).go()
+            if not 0 <= qep <= 1 or qep_damping <= 0:
+                raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
+            choose = functools.partial(function, **args)
+            one = torch.eye(4)
+            choose(one, one, Grid(TRIAL, (1, -1), one))  # refuses wrong arguments before anything is changed
+            walks = [_Walk(gm, run, name, choose, qep, qep_damping) for gm in graphs]
+            try:
+                for walk in walks:
+                    walk.go()
+            except BaseException:
+                for walk in walks:
+                    walk.undo()
+                raise
+            for walk in walks:
+                walk.finish()
 
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        shared = list(inspect.signature(algorithm, follow_wrapped=False).parameters.values())
-        kept = [p for p in shared if p.kind is not p.VAR_KEYWORD]
-        algorithm.__signature__ = inspect.Signature([*kept, *own])  # type: ignore[attr-defined]
+        shared = [p for p in inspect.signature(algorithm).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        algorithm.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+        algorithm.__doc__ = function.__doc__
         ALGORITHMS.register(name)(algorithm)
         return function
 
@@ -69,18 +83,19 @@ def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
 
 
 class _Walk:
+    """One graph, layer by layer."""
+
     def __init__(
         self, gm: fx.GraphModule, run: Run, name: str, choose: WeightFunction, qep: float, qep_damping: float
     ) -> None:
         self.gm, self.name, self.choose, self.qep, self.qep_damping = gm, name, choose, qep, qep_damping
-        self.groups = by_input(gm)
+        self.groups, self.others = by_input(gm)
         if not self.groups:
+            reasons = "; ".join(sorted(set(self.others.values()))) or "no weight is quantized"
             raise ConfigError(
-                "no linear or convolution has a weight of its own that is quantized",
-                where=name,
-                remedy="Let a rule quantize some.",
+                f"there is no weight to choose: {reasons}", where=name, remedy="Let a rule quantize some."
             )
-        _explain_others(gm, self.groups, name)
+        self.shared = shared_magnitudes(gm)
         self.rounded = run.stream(gm)
         self.exact = run.stream(gm, original=True) if qep else None
         self.progress = run.progress
@@ -90,29 +105,47 @@ class _Walk:
         for source, layers in self.progress(self.groups.items(), self.name):
             inputs = self.rounded.until(source)
             wanted = self.exact.until(source) if self.exact is not None else None
-            for layers_of_shape in _alike(layers):
-                self._quantize(layers_of_shape, inputs, wanted)
+            for alike in _alike(layers):
+                hessian, cross = _moments(alike[0], inputs, wanted, self.rounded.masks)
+                for layer in alike:
+                    try:
+                        self._quantize(layer, hessian, cross)
+                    except (GraphqError, torch.linalg.LinAlgError) as e:
+                        what, remedy = (e.what, e.remedy) if isinstance(e, GraphqError) else (str(e), "More damping.")
+                        raise CalibrationError(f"{self.name}: {what}", where=layer.view.where(), remedy=remedy) from e
+
+    def undo(self) -> None:
+        """Leave the graph as it was."""
+        for layers in self.groups.values():
+            for layer in layers:
+                layer.unsettle()
+        finish(self.gm)
+
+    def finish(self) -> None:
+        """Say what was done, and what was not."""
+        for node, why in self.others.items():
+            decision = decision_of(node)
+            assert decision is not None
+            decision.reason += f"; to the nearest, not {self.name}: {why}"
         self.gm.meta.setdefault(RESULTS, []).extend(self.results)
         finish(self.gm)
 
-    def _quantize(self, layers: list[Layer], inputs: list[Tensor], wanted: list[Tensor] | None) -> None:
-        """Layers that see the same rows of the same inputs."""
-        hessian, cross = _moments(layers[0], inputs, wanted, self.rounded.masks)
-        for layer in layers:
-            weight = layer.matrix()
-            parts = []
-            for w, h, c in zip(weight.chunk(len(hessian)), hessian, cross, strict=True):
-                parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
-            aimed = torch.cat(parts)
-            grid = Grid(layer.spec, layer.block, aimed)
-            try:
-                chosen = self._choose(aimed, hessian, grid)
-            except CalibrationError as e:
-                raise CalibrationError(e.what, where=layer.view.where(), remedy=e.remedy) from e
-            result = self._result(layer, aimed, hessian, grid, chosen)
-            self.results.append(result)
-            lost = f"{result.error:.2%} of its products' energy lost, to the nearest {result.error_nearest:.2%}"
-            layer.settle(chosen, grid.scale, grid.zero, self.name, f"{self.name}: {lost}")
+    def _quantize(self, layer: Layer, hessian: Tensor, cross: list[Tensor | None]) -> None:
+        weight = layer.matrix()
+        if not layer.spec.ragged:
+            check_divides(weight.shape, layer.block, layer.view.where())
+        parts = []
+        for w, h, c in zip(weight.chunk(len(hessian)), hessian, cross, strict=True):
+            parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
+        aimed, overall = torch.cat(parts), self.shared.get(layer.quantizer)
+        grid = Grid(layer.spec, layer.block, aimed, overall=overall, importance=hessian.diagonal(dim1=1, dim2=2).sum(0))
+        chosen = self._choose(aimed, hessian, grid)
+        if chosen.shape != aimed.shape:
+            raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(aimed.shape)}")
+        result = self._result(layer, aimed, hessian, grid, chosen)
+        self.results.append(result)
+        lost = f"{result.error:.2%} of its products' energy lost, to the nearest {result.error_nearest:.2%}"
+        layer.settle(chosen, grid, self.name, f"{self.name}: {lost}")
 
     def _choose(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
         if len(hessian) == 1:
@@ -124,15 +157,6 @@ class _Walk:
         energy = _energy(weight, hessian)
         errors = (_energy(weight - w, hessian) / max(energy, 1e-30) for w in (chosen, grid.rounded(weight)))
         return WeightResult(layer.node.name, layer.view.path, self.name, *errors)
-
-
-def _explain_others(gm: fx.GraphModule, groups: dict[fx.Node, list[Layer]], name: str) -> None:
-    """Say on weights that this algorithm leaves alone why it does."""
-    taken = {layer.node for layers in groups.values() for layer in layers}
-    for node in gm.graph.nodes:
-        decision = decision_of(node)
-        if decision is not None and decision.weight_spec is not None and node not in taken:
-            decision.reason += f"; to the nearest: {name} takes linears and convolutions with weights of their own"
 
 
 def _alike(layers: list[Layer]) -> list[list[Layer]]:

@@ -33,7 +33,7 @@ def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Li
     """alpha: how much of the difficulty moves from activations to weights, 0 to 1, or "search"."""
     if alpha != "search" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise ConfigError(f"alpha is a number from 0 to 1 or 'search', not {alpha!r}", where="smoothquant")
-    every = [{g.source.name: g for g in groups(gm) if g.quantized} for gm in graphs]
+    every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
     first = graphs[0]
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
     seen = {name: RowSamples() for name in found}

@@ -11,6 +11,7 @@ from graphq.algorithms import ALGORITHMS
 from graphq.calibration.runner import progress_of, run_calibration
 from graphq.calibration.stream import Stream
 from graphq.calibration.watch import watching
+from graphq.errors import StateError
 from graphq.graph.view import parameter
 from graphq.passes.placement import (
     correct_bias,
@@ -25,14 +26,21 @@ from graphq.passes.placement import (
 from graphq.quantizer import TensorQuantizer, quantizers
 
 T = TypeVar("T")
-DONE = "graphq_algorithms_done"  # in the first graph's meta: names of the algorithms that have run
+DONE = "graphq_algorithms_done"  # in a graph's meta: names of the algorithms that have run
 
 
 def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
-    compute the float model, and a tensor has the same name in each."""
+    compute the float model, and a tensor has the same name in each; graphs in which an algorithm has rounded weights do
+    not, and are observed one by one."""
     data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
     _run_algorithms(graphs, data, progress=progress)
+    apart = any(q.settled for gm in graphs for q in quantizers(gm).values())
+    for together in [[gm] for gm in graphs] if apart else [graphs]:
+        _observe(together, data, progress=progress)
+
+
+def _observe(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
     statistics = [_Statistics(gm) for gm in graphs]
     first, *others = statistics
     try:
@@ -65,10 +73,13 @@ def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bo
     """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
 
     run = _Run(graphs[0], data, progress)
-    done = graphs[0].meta.setdefault(DONE, [])  # more than none where a calibration has failed after them
-    for algorithm in graphs[0].meta["graphq_config"].algorithms[len(done) :]:
+    done = [gm.meta.setdefault(DONE, []) for gm in graphs]  # not empty where a calibration has failed after them
+    if any(names != done[0] for names in done):
+        raise StateError("algorithms have run on some of these graphs", remedy="Prepare them again, together.")
+    for algorithm in graphs[0].meta["graphq_config"].algorithms[len(done[0]) :]:
         ALGORITHMS[algorithm.name](graphs, run, **algorithm.args)
-        done.append(algorithm.name)
+        for names in done:
+            names.append(algorithm.name)
 
 
 class _Run:
@@ -112,7 +123,7 @@ class _Statistics:
                 yield str(node.all_input_nodes[0]), quantizer
 
     def freeze(self) -> None:
-        self.wanted = mean_products(self.gm, self.means) if self.means else {}
+        self.wanted = mean_products(self.gm, self.means, original=True) if self.means else {}
         give_importance(self.gm, self.importance)
         for node, quantizer in self._calls():
             if quantizer.constant:

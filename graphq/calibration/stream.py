@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch
 from graphq.errors import CalibrationError
-from graphq.graph.capture import flat_inputs
+from graphq.graph.capture import example_of, flat_inputs
 from graphq.graph.view import parameter
 
 MASK = "attention_mask"  # an input of that name says which tokens count
@@ -44,7 +44,7 @@ class Stream:
             check_batch(gm, args, kwargs, number)
             moved = [v.to(device) if isinstance(v, Tensor) else v for v in flat_inputs(gm, args, kwargs)]
             self.values.append(dict(zip(inputs, moved, strict=True)))
-            mask = kwargs.get(MASK)
+            mask = (dict(zip(example_of(gm).dynamic_shapes, args, strict=False)) | kwargs).get(MASK)
             self.masks.append(mask.to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         if not self.values:
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)

@@ -164,6 +164,7 @@ MODELOPT_ATTENTION: dict[str, Scheme] = {  # what enters attention; layers stay 
 WITH_ALGORITHM = {
     "NVFP4_AWQ_CLIP_CFG": ("NVFP4_DEFAULT_CFG", "AWQ with clipped ranges"),
     "NVFP4_AWQ_FULL_CFG": ("NVFP4_DEFAULT_CFG", "AWQ with clipped ranges"),
+    "W4A8_AWQ_BETA_CFG": ("W4AFP8", "AWQ and static fp8 inputs"),
     "NVFP4_SVDQUANT_DEFAULT_CFG": ("NVFP4_DEFAULT_CFG", "SVDQuant"),
     "NVFP4_FOUR_OVER_SIX_CFG": ("NVFP4_DEFAULT_CFG", "Four over Six"),
     "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG": ("NVFP4_DEFAULT_CFG", "local Hessian"),
@@ -179,7 +180,6 @@ PREPARED = {
     "INT8_SMOOTHQUANT_CFG": ("INT8_DEFAULT_CFG", "smoothquant"),
     "INT4_AWQ_CFG": ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "awq"),
     "NVFP4_AWQ_LITE_CFG": ("NVFP4_DEFAULT_CFG", "awq"),
-    "W4A8_AWQ_BETA_CFG": ("W4AFP8", "awq"),
 }
 
 

@@ -38,12 +38,11 @@ def measure(
     feed: dict[str, np.ndarray],
     *,
     rounds: int = 15,
-    threads: int = 0,
     runtime: str = "onnxruntime",
 ) -> list[Latency]:
     """Time models on one feed, in turn, after two warm-up runs each. The first is the baseline: `speedup` is the
     median over the rounds of its time divided by the other's in the same round."""
-    runs = {name: _runner(path, runtime, feed, threads) for name, path in models.items()}
+    runs = {name: _runner(path, runtime, feed) for name, path in models.items()}
     for run in runs.values():
         run()
         run()
@@ -60,15 +59,17 @@ def measure(
     ]
 
 
-def _runner(path: str | Path, runtime: str, feed: dict[str, np.ndarray], threads: int) -> Callable[[], Any]:
+def _runner(path: str | Path, runtime: str, feed: dict[str, np.ndarray]) -> Callable[[], Any]:
     if runtime == "onnxruntime":
-        run = session(path, threads=threads)
+        run = session(path)
         return lambda: run.run(None, feed)
     if runtime == "openvino":
         compiled = OpenVino(path)
         return lambda: compiled.run(feed)
-    program, inputs = compile_program(path), [torch.from_numpy(v) for v in feed.values()]
-    return lambda: program(*inputs)
+    program, values = compile_program(path), [torch.from_numpy(v) for v in feed.values()]
+    args, kwargs = load_program(path).example_inputs  # type: ignore[misc]
+    named = dict(zip(kwargs, values[len(args) :], strict=True))
+    return lambda: program(*values[: len(args)], **named)
 
 
 def runtime_of(path: str | Path) -> str:
@@ -90,6 +91,8 @@ def check_runtime(name: str, where: str = "") -> str:
         )
     if name not in RUNTIMES:
         raise RuntimeMismatch(f"nothing is timed in {name!r}", where=where, remedy=did_you_mean(name, RUNTIMES))
+    if where.endswith(".onnx") and name == "torch_compile":
+        raise RuntimeMismatch("torch.compile runs .pt2 programs", where=where, remedy="Export for torch_compile.")
     return name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.config.spec import QuantSpec
 
@@ -21,7 +21,7 @@ class Decision:
         inside another op's kernel), "float", or "skip" (shapes, indices and masks: never quantized).
     kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
     members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize.
-    output: spec of the result, where the kernel needs one.
+    output: spec of the result, where the kernel needs one. original: the weight before an algorithm chose its values.
     """
 
     action: Action
@@ -38,6 +38,7 @@ class Decision:
     bias: fx.Node | None = None
     bias_form: str = "float"
     output: QuantSpec | None = None
+    original: Tensor | None = None
 
     def to_float(self, reason: str) -> None:
         """Veto: leave the op float."""

@@ -66,7 +66,8 @@ def _mask(gm: fx.GraphModule, mask: fx.Node) -> Mask:
             added = _call(gm, aten.where.Scalar, mask, 0.0, LOWEST)
         else:
             visible = _call(gm, aten.gt.Scalar, mask, -math.inf)
-            added = _call(gm, aten.clamp.default, mask, LOWEST)
+            lowered = _call(gm, aten.clamp.default, mask, LOWEST / 2)  # the lowest float is more than -inf
+            added = _call(gm, aten.where.ScalarOther, visible, lowered, LOWEST)
         seen = _call(gm, aten.any.dim, visible, -1, True)
         sees = _call(gm, aten.to.dtype, seen, torch.float32)
     return added, sees

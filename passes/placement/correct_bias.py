@@ -27,15 +27,18 @@ def mean_watchers(gm: fx.GraphModule) -> Watchers:
     return {key: ChannelMean(key[1]) for key in keys}
 
 
-def mean_products(gm: fx.GraphModule, watchers: Watchers) -> dict[str, Tensor]:
-    """weight · mean input [out] by op, with the weight as it is now: fake-quantized once calibration has frozen it."""
+def mean_products(gm: fx.GraphModule, watchers: Watchers, *, original: bool = False) -> dict[str, Tensor]:
+    """weight · mean input [out] by op, with the weight as it is now: fake-quantized once calibration has frozen it.
+    original: with the one that an algorithm found, where one has chosen its values."""
     products = {}
     for node, decision in _correctable(gm):
         mean = watchers[_key(gm, node, decision)].mean
         _, call = quantizer_calls(decision)
         weight = parameter(gm, decision.weight)
         if mean is not None and call is not None and weight is not None:
-            products[node.name] = _product(LayerView(gm, node), quantizer_at(gm, call)(weight.detach()), mean)
+            chosen = original and decision.original is not None
+            values = decision.original if chosen else quantizer_at(gm, call)(weight.detach())
+            products[node.name] = _product(LayerView(gm, node), values, mean)  # type: ignore[arg-type]
     return products
 
 

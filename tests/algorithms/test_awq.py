@@ -49,7 +49,8 @@ def test_scales_go_into_norms_and_the_other_side_of_a_product_and_the_function_i
         assert torch.allclose(graph(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_norm_that_others_read_keeps_its_weight_and_a_product_stands_in_between():
+@pytest.mark.parametrize("read", [True, False], ids=["by others", "squared"])
+def test_a_norm_that_others_read_keeps_its_weight_and_a_product_stands_in_between(read):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -57,7 +58,7 @@ def test_a_norm_that_others_read_keeps_its_weight_and_a_product_stands_in_betwee
 
         def forward(self, x):
             y = self.norm(x * torch.linspace(0.1, 9, 32))
-            return self.layer(y * y) + y
+            return self.layer(y * y) + (y if read else 0)
 
     model = Shared().eval()
     graph = graphq.calibrate(graphq.prepare(model, config("awq"), (data()[0],)), data(), progress=False)

@@ -1,5 +1,7 @@
 """GPTQ and QEP give what their formulas say, on one pass of the data, and their codes reach the runtime."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,11 @@ from graphq.algorithms.gptq import gptq, inverse_factor
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import RESULTS
 from graphq.calibration.stream import Stream
+from graphq.config.presets import SCHEMES
 from graphq.errors import CalibrationError, ConfigError
+from graphq.quantizer import quantizers
 
+gptq_module = sys.modules["graphq.algorithms.gptq"]  # the package has a function of that name
 GROUPS = QuantSpec(format="int4", granularity="group", group_size=16)
 ROWS = QuantSpec(format="uint4", granularity="channel", symmetric=False)
 
@@ -79,7 +84,8 @@ def test_dead_columns_and_too_few_rows_are_no_hindrance():
     weight, hessian = torch.randn(8, 32), hessian_of([x])
     grid = Grid(GROUPS, GROUPS.block_for(2), weight)
     found = gptq(weight, hessian, grid)
-    assert torch.isfinite(found).all() and not found[:, [4, 9]].any()
+    assert torch.isfinite(found).all() and torch.equal(found[:, [4, 9]], grid.rounded(weight)[:, [4, 9]])
+    assert torch.equal(gptq(weight, torch.zeros(32, 32), grid), grid.rounded(weight))
 
 
 def test_moments_that_are_no_numbers_are_refused():
@@ -163,10 +169,10 @@ def test_tokens_that_the_mask_leaves_out_do_not_count():
         x[:, 25:] = 1000 * torch.randn(2, 15, 32)
     grids = []
     for batches in (data, noisy):
-        given = [{"x": x, "attention_mask": mask} for x in batches]
-        graph = graphq.quantize(model, config("gptq", select="blocks.0.q"), given, progress=False)
-        grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
-    assert torch.equal(*grids)
+        for given in ([{"x": x, "attention_mask": mask} for x in batches], [(x, mask) for x in batches]):
+            graph = graphq.quantize(model, config("gptq", select="blocks.0.q"), given, progress=False)
+            grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
+    assert all(torch.equal(grids[0], other) for other in grids[1:])
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -209,6 +215,7 @@ def test_a_tied_weight_stays_with_the_nearest_values_and_says_so():
 
     ids = [torch.randint(0, 20, (2, 7)) for _ in range(3)]
     graph = graphq.quantize(Tied().eval(), config("gptq", select="linear | embedding"), ids, progress=False)
+    assert len(graph.meta[RESULTS]) == 1
     reasons = {r.layer: r.reason for r in graphq.explain(graph).rows if r.layer in ("table", "head", "mix")}
     assert "; gptq: " in reasons["mix"]
     assert all("to the nearest" in reasons[n] for n in ("table", "head"))
@@ -217,6 +224,7 @@ def test_a_tied_weight_stays_with_the_nearest_values_and_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"order": "sideways"}, "sideways"), ({"groups": "dynamic"}, "neighbours"), ({"qep": 2}, "from 0 to 1"),
+     ({"block": 0}, "positive"), ({"qep": 0.5, "qep_damping": 0}, "positive"),
      ({"dampening": 1}, "no argument 'dampening'. Did you mean 'damping'")],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(arguments, message):
@@ -225,7 +233,7 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_what_it_cannot_work_with_is_refused():
-    with pytest.raises(ConfigError, match="no linear or convolution has a weight"):
+    with pytest.raises(ConfigError, match="there is no weight to choose"):
         graphq.quantize(nn.Sequential(nn.ReLU()).eval(), config("gptq", select="*"), correlated(), progress=False)
     prepared = graphq.prepare(Decoder(1).eval(), config("gptq"), (correlated()[0],))
     with pytest.raises(CalibrationError, match="they are a function"):
@@ -242,3 +250,65 @@ def test_the_algorithm_of_the_example_is_better_than_the_nearest_values():
     assert after < 0.7 * before
     graph = graphq.quantize(Decoder(1).eval(), config("descent"), correlated(), progress=False)
     assert all(r.algorithm == "descent" for r in graph.meta[RESULTS])
+
+
+def test_a_walk_that_fails_leaves_the_graph_as_it_was(monkeypatch):
+    model, data = Decoder(1).eval(), correlated()
+    prepared, untroubled = (graphq.prepare(model, config("gptq"), (data[0],)) for _ in range(2))
+    walk, seen = gptq_module._walk, []
+
+    def third_fails(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 4:  # the first is the trial of the arguments
+            raise torch.linalg.LinAlgError("singular")
+        return walk(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq_module, "_walk", third_fails)
+        with pytest.raises(CalibrationError, match=r"singular[\s\S]*blocks.0.v"):
+            graphq.calibrate(prepared, data, progress=False)
+    assert not any(q.settled for q in quantizers(prepared).values())
+    outputs = [graphq.calibrate(g, data, progress=False)(data[0]) for g in (prepared, untroubled)]
+    assert torch.equal(*outputs)
+
+
+def test_weights_that_a_server_stacks_keep_one_scale_over_their_scales():
+    spec = SCHEMES["NVFP4_DEFAULT_CFG"].weight
+    prepared = graphq.prepare(Decoder(1).eval(), config("gptq", spec=spec), (correlated()[0],), target="simulation")
+    found = quantizers(graphq.calibrate(prepared, correlated(), progress=False))
+    overall = {n: q.overall.item() for n, q in found.items() if q.constant}
+    assert len({v for n, v in overall.items() if n.endswith(("_q_weight", "_k_weight", "_v_weight"))}) == 1
+
+
+@pytest.mark.parametrize("observer", ["minmax", "imatrix_mse"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_every_granularity_with_groups_found_on_the_way(granularity, observer):
+    spec = QuantSpec(format="int4", granularity=granularity, group_size=16 if granularity == "group" else None,
+                     observer=observer)  # fmt: skip
+    algorithm = {"name": "gptq", "args": {"order": "none", "groups": "dynamic"}}
+    graph = graphq.quantize(Decoder(1).eval(), config(algorithm, spec=spec), correlated(), progress=False)
+    assert all(r.error < r.error_nearest for r in graph.meta[RESULTS])
+
+
+def test_groups_that_do_not_divide_are_refused_with_the_layer():
+    settings = config("gptq", spec=GROUPS.model_copy(update={"group_size": 20}))
+    with pytest.raises(CalibrationError, match=r"no multiple of 20[\s\S]*blocks.0.q"):
+        graphq.quantize(Decoder(1).eval(), settings, correlated(), target="simulation", progress=False)
+
+
+def test_biases_are_corrected_for_what_the_chosen_weights_lose():
+    settings = QuantConfig(rules=QuantConfig.load("int8").rules, algorithms=["rtn"], bias_correction=True)
+    plain = settings.model_copy(update={"algorithms": ()})
+    model, target = Decoder(1).eval(), graphq.get_target("onnxruntime", cpu="vnni")
+    named, without = (graphq.quantize(model, s, correlated(), target=target, progress=False) for s in (settings, plain))
+    biases = [{n: b for n, b in g.named_buffers() if "bias" in n} for g in (named, without)]
+    assert biases[0].keys() == biases[1].keys() and any("corrected" in n for n in biases[0])
+    assert all(torch.allclose(b, biases[1][n], atol=1e-4) for n, b in biases[0].items())
+
+
+def test_targets_with_other_weights_are_observed_apart():
+    model, data = Decoder(1).eval(), correlated()
+    settings = QuantConfig(rules=QuantConfig.load("int8").rules, algorithms=["gptq"])
+    both = graphq.quantize(model, settings, data, target=["onnxruntime", "tensorrt"], progress=False)
+    alone = graphq.quantize(model, settings, data, target="tensorrt", progress=False)
+    assert torch.equal(both["tensorrt"](data[0]), alone(data[0]))

@@ -12,6 +12,9 @@ from graphq.evaluate.taps import optimized_model
 MASKS = {
     "bool": torch.tensor([[True, True, False, True, False], [False] * 5])[:, None, None].expand(2, 1, 5, 5),
     "float": torch.tensor([[0.0, -torch.inf, 0.0, 1.5, 0.0], [-torch.inf] * 5])[:, None, None].expand(2, 1, 5, 5),
+    "both": torch.tensor([[torch.finfo().min, -torch.inf, torch.finfo().min, -torch.inf, -torch.inf], [0.0] * 5])[
+        :, None, None
+    ].expand(2, 1, 5, 5),
     "lowest": torch.tensor([[0.0, torch.finfo().min, 0.0, 0.0, 0.0], [0.0] * 5])[:, None, None].expand(2, 1, 5, 5),
 }
 

@@ -22,7 +22,7 @@ def run_calibration(
 ) -> int:
     """Run every batch through the graph; returns how many. Raises CalibrationError before any work if there is none
     or the first does not fit. together: small batches of images may run as one. only_check: nobody looks at what the
-    graph computes, so nothing is run."""
+    graph computes, so batches are looked at and not run."""
     if callable(data) and not isinstance(data, Iterable):
         with torch.no_grad():
             data(gm)
@@ -33,6 +33,8 @@ def run_calibration(
         raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
     check_batch(gm, *first, number=0)
     if only_check:
+        for number, batch in enumerate(batches, start=1):
+            check_batch(gm, *batch, number=number)
         return 0
     total = len(data) if hasattr(data, "__len__") else None
     device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphq.graph.integer_ops import codes_like
 from graphq.graph.ops import parse_format
 
 BELOW_OVERFLOW = 5  # the softmax table's largest entry: float32's largest, divided by the sum's length and e^5
@@ -29,10 +30,6 @@ def to_codes(value: Tensor, scale: Tensor, zero: Tensor, format: str) -> Tensor:
 
 def _values(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return scale * (x.to(torch.int32) - zero).float()
-
-
-def _like(x: Tensor, format: str) -> Tensor:
-    return torch.empty_like(x, dtype=parse_format(format)[0].storage)
 
 
 @torch.library.custom_op("graphq::qmul", mutates_args=())
@@ -137,33 +134,33 @@ def _window_sum(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tens
 
 @qmul.register_fake
 def _(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
-    return _like(a.float() + b.float(), format)
+    return codes_like(a.float() + b.float(), format)
 
 
 @qsigmoid.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
-    return _like(x, format)
+    return codes_like(x, format)
 
 
 @qleaky_relu.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format, slope):  # type: ignore[no-untyped-def]
-    return _like(x, format)
+    return codes_like(x, format)
 
 
 @qcat.register_fake
 def _(tensors, scales, zeros, y_scale, y_zero, format, dim):  # type: ignore[no-untyped-def]
-    return _like(torch.cat(tensors, dim), format)
+    return codes_like(torch.cat(tensors, dim), format)
 
 
 @qsoftmax.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
-    return _like(x, format)
+    return codes_like(x, format)
 
 
 @qavg_pool.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format, kernel, stride, padding, count_include_pad):  # type: ignore[no-untyped-def]
     sizes = [(d + 2 * p - k) // s + 1 for d, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True)]
-    return _like(x.new_empty(*x.shape[:2], *sizes), format)
+    return codes_like(x.new_empty(*x.shape[:2], *sizes), format)
 
 
 QMUL = torch.ops.graphq.qmul.default

@@ -186,7 +186,8 @@ def qaverage_pool(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y
     return requantize(total, x_scale / (y_scale * count), y_zero, format)
 
 
-def _codes_like(value: Tensor, format: str) -> Tensor:
+def codes_like(value: Tensor, format: str) -> Tensor:
+    """An empty tensor for the codes of a value."""
     return torch.empty_like(value, dtype=parse_format(format)[0].storage)
 
 
@@ -195,13 +196,13 @@ def _(x, x_scale, x_zero, w, w_scale, w_zero, bias, y_scale, y_zero, format, str
       outer_padding, saturating=False):  # type: ignore[no-untyped-def]  # fmt: skip
     padded = torch.nn.functional.pad(x.float(), list(outer_padding))
     conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[w.ndim - 3]
-    return _codes_like(conv(padded, w.float(), None, list(stride), list(padding), list(dilation), groups), format)
+    return codes_like(conv(padded, w.float(), None, list(stride), list(padding), list(dilation), groups), format)
 
 
 @qgemm.register_fake
 def _(x, x_scale, x_zero, w, w_scale, w_zero, bias, y_scale, y_zero, format, saturating=False):  # type: ignore[no-untyped-def]
     result = x.new_empty(*x.shape[:-1], w.shape[0], dtype=torch.float32)
-    return result if y_scale is None else _codes_like(result, format)
+    return result if y_scale is None else codes_like(result, format)
 
 
 @qmatmul.register_fake
@@ -211,12 +212,12 @@ def _(x, x_scale, x_zero, y, y_scale, y_zero):  # type: ignore[no-untyped-def]
 
 @qadd.register_fake
 def _(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
-    return _codes_like(a.float() + b.float(), format)
+    return codes_like(a.float() + b.float(), format)
 
 
 @qaverage_pool.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
-    return _codes_like(x.new_empty(*x.shape[:2], *[1] * (x.ndim - 2)), format)
+    return codes_like(x.new_empty(*x.shape[:2], *[1] * (x.ndim - 2)), format)
 
 
 QCONV = torch.ops.graphq.qconv.default

@@ -42,6 +42,11 @@ if saturates_here():
         *((f"{name}, unguarded", config, {**form, "cpu": "avx2", "guard": False}) for name, config, form in STATIC),
     ]
 DYNAMIC = ("dynamic", "int8_dynamic", QDQ)
+ATTENTION = (
+    "qdq, attention",
+    "int8_attention",
+    {**QDQ, **({"cpu": "avx2", "guard": False} if saturates_here() else {})},
+)
 PACKED = ("packed weights", "int8_weight_only", QDQ)
 
 
@@ -75,8 +80,8 @@ def smollm2(folder: Path):
 MODELS = {
     "effnet": lambda _: (zoo.efficientnet_lite0(), images(16), "batch", STATIC),
     "resnet50": lambda _: (resnet50(), images(8), "batch", STATIC),
-    "minilm": lambda _: (zoo.minilm(), text(16), "batch+sequence", [*STATIC, DYNAMIC, PACKED]),
-    "vit": lambda _: (vit(), images(4), "batch", [*STATIC, DYNAMIC]),
+    "minilm": lambda _: (zoo.minilm(), text(16), "batch+sequence", [*STATIC, DYNAMIC, PACKED, ATTENTION]),
+    "vit": lambda _: (vit(), images(4), "batch", [*STATIC, DYNAMIC, ATTENTION]),
     "smollm2": smollm2,
 }
 

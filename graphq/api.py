@@ -31,6 +31,7 @@ from graphq.passes.placement import (
     fit_bias,
     guard_saturation,
     insert_quantizers,
+    open_attention,
     quantize_bias,
     to_qdq,
 )
@@ -131,6 +132,7 @@ def prepare(
 
 
 def _place(gm: fx.GraphModule, config: QuantConfig, target: Target) -> fx.GraphModule:
+    open_attention(gm, config, target)
     annotate(gm, config, target)
     check_stage(gm, decided, after="annotate")
     insert_quantizers(gm)

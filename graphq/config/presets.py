@@ -26,18 +26,19 @@ INT4_LINEARS = (
     Rule(select="embedding | *lm_head", scheme=Scheme(weight=WEIGHT_INT8), optional=True, reason="tables and heads"),
 )
 
+FLOAT_MATMUL = Rule(
+    select="matmul",
+    scheme=None,
+    optional=True,
+    reason="products of two activations lose accuracy; opt in with a rule on 'matmul'",
+)
 FLOAT_ATTENTION = (
-    Rule(
-        select="matmul",
-        scheme=None,
-        optional=True,
-        reason="products of two activations lose accuracy; opt in with a rule on 'matmul'",
-    ),
+    FLOAT_MATMUL,
     Rule(
         select="attention",
         scheme=None,
         optional=True,
-        reason="fused attention has no integer kernel, and its scores and probabilities would lose accuracy",
+        reason="its scores and probabilities lose accuracy; opt in with a rule on 'attention'",
     ),
 )
 
@@ -45,6 +46,11 @@ CONFIGS: dict[str, QuantConfig] = {
     **KNOWN_CONFIGS,
     "int8": QuantConfig(
         name="int8", bias_correction=True, rules=(Rule(select="*", scheme=SCHEMES["int8"]), *FLOAT_ATTENTION)
+    ),
+    "int8_attention": QuantConfig(
+        name="int8_attention",
+        bias_correction=True,
+        rules=(Rule(select="*", scheme=SCHEMES["int8"]), FLOAT_MATMUL),
     ),
     "int8_smoothquant": QuantConfig(
         name="int8_smoothquant",

@@ -139,7 +139,9 @@ def _qgemm(x, xs, xz, w, ws, wz, bias, ys, yz, format, saturating=False):  # typ
     return op.Reshape(product, sizes)  # type: ignore[arg-type]
 
 
-def _qmatmul(x, xs, xz, y, ys, yz):  # type: ignore[no-untyped-def]
+def _qmatmul(x, xs, xz, y, ys, yz, zs=None, zz=None, format="uint8"):  # type: ignore[no-untyped-def]
+    if zs is not None:
+        return op.QLinearMatMul(x, xs, xz, y, ys, yz, zs, zz)
     return _contrib.MatMulIntegerToFloat(x, y, xs, ys, xz, yz)
 
 

@@ -3,7 +3,7 @@ qavg_pool.
 
 One that reads a single tensor is a table of 256 codes in ONNX Runtime: a code is dequantized, transformed and quantized
 in float32. Scales are float32 [], zero points int32 []. Softmax sums and pooling windows are added in float32, in
-order, as the kernels (MLAS and contrib ops) do it.
+order, as the kernels (MLAS and contrib ops) do it; softmax divides in float64.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def qsoftmax(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero
     """QLinearSoftmax over the last axis: codes → codes. The kernel multiplies by the whole part of 1 / y_scale."""
     fmt, _ = parse_format(format)
     codes = x.to(torch.int64)
-    shift = max(0.0, math.log(torch.finfo(torch.float32).max / x.shape[-1]) - BELOW_OVERFLOW) / float(x_scale)
+    most = x_scale.new_tensor(torch.finfo(torch.float32).max) / x.shape[-1]
+    shift = max(0.0, float(torch.log(most)) - BELOW_OVERFLOW) / float(x_scale)  # in float32 up to here
     steps = torch.arange(256, dtype=torch.float64, device=x.device) - 255 + shift
     table = torch.exp(steps * x_scale.double()).float()
     weights = table[codes - codes.amax(-1, keepdim=True) + 255]
@@ -94,7 +95,7 @@ def qsoftmax(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero
     for part in weights.unbind(-1):
         total = total + part
     levels = torch.floor(1 / y_scale)
-    result = torch.round(weights * levels / total.unsqueeze(-1)) + y_zero
+    result = torch.round(weights.double() * levels / total.unsqueeze(-1)) + y_zero
     return result.clamp(*fmt.limits()).to(fmt.storage)
 
 

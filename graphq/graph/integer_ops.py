@@ -146,10 +146,24 @@ def qgemm(
 
 
 @torch.library.custom_op("graphq::qmatmul", mutates_args=())
-def qmatmul(x: Tensor, x_scale: Tensor, x_zero: Tensor, y: Tensor, y_scale: Tensor, y_zero: Tensor) -> Tensor:
-    """MatMulIntegerToFloat of two activations: x […, n, k] codes, y […, k, m] codes → float32."""
+def qmatmul(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    y: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    z_scale: Tensor | None = None,
+    z_zero: Tensor | None = None,
+    format: str = "uint8",
+) -> Tensor:
+    """QLinearMatMul, MatMulIntegerToFloat of two activations: x […, n, k] codes, y […, k, m] codes → codes, or float32
+    without z_scale."""
     total = (x.to(torch.int32) - x_zero).double() @ (y.to(torch.int32) - y_zero).double()
-    return total.float() * (x_scale * y_scale)
+    scale = x_scale * y_scale
+    if z_scale is None or z_zero is None:
+        return total.float() * scale
+    return requantize(total, scale / z_scale, z_zero, format)
 
 
 def _fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -206,8 +220,9 @@ def _(x, x_scale, x_zero, w, w_scale, w_zero, bias, y_scale, y_zero, format, sat
 
 
 @qmatmul.register_fake
-def _(x, x_scale, x_zero, y, y_scale, y_zero):  # type: ignore[no-untyped-def]
-    return x.float() @ y.float()
+def _(x, x_scale, x_zero, y, y_scale, y_zero, z_scale=None, z_zero=None, format="uint8"):  # type: ignore[no-untyped-def]
+    result = x.float() @ y.float()
+    return result if z_scale is None else codes_like(result, format)
 
 
 @qadd.register_fake

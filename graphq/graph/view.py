@@ -82,6 +82,9 @@ def parameter(gm: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+PART_OF = "graphq_part_of"  # in a node's meta: the family of the op that it was taken out of
+
+
 class LayerView:
     """A node with the vocabulary of a layer: path, class, op, inputs, weight, bias."""
 
@@ -120,8 +123,8 @@ class LayerView:
 
     @property
     def family(self) -> str:
-        """The op's family in the op table: "conv"."""
-        return family_of(self.node.target)
+        """The op's family in the op table, "conv"; that of the whole where it is a part that was taken out of one."""
+        return str(self.node.meta.get(PART_OF) or family_of(self.node.target))
 
     @property
     def users(self) -> int:

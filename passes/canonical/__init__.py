@@ -4,6 +4,7 @@ from graphq.graph.invariants import none_of
 from graphq.graph.passes import FunctionPass, Pipeline, Rewrite, RewritePass
 from graphq.graph.plugins import plugins_of
 
+from .drop_full_mask import drop_full_masks
 from .drop_noops import (
     DropCast,
     DropDropout,
@@ -41,6 +42,7 @@ def canonical_pipeline() -> Pipeline:
         "canonical",
         [
             FunctionPass(drop_asserts),
+            FunctionPass(drop_full_masks),
             RewritePass(ViewToReshape, name="view_to_reshape"),
             RewritePass(DropDropout, DropIdentity, DropCast, DropReshape, DropExpand, DropSlice, name="drop_noops"),
             RewritePass(FunctionalBatchNorm, name="normalize_batchnorm", ensures=(none_of("native_batch_norm"),)),

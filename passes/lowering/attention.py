@@ -1,6 +1,10 @@
-"""Write attention out, so that an exporter does not guard every probability against NaN.
+"""Write attention out as products and softmax.
 
     attention(q, k, v, mask)   ⇒   softmax(q·kᵀ · scale + mask) · v,  times 0 in rows where all is masked
+
+Before quantizers are placed, so that each of its ops can run on integers (`take_apart`); the scale is on the query
+then, since nothing may stand between the products and the softmax. Before export, so that an exporter does not guard
+every probability against NaN (`write_out_attention`).
 
 torch gives zeros for a query that sees no key; exporters write that as a test of all probabilities [n, heads, length,
 length], which takes as long as the products. Here what is masked gets the lowest float, not -inf, so that nothing
@@ -10,6 +14,7 @@ becomes NaN, and the rows [n, 1, length, 1] that see nothing are set to zero in 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,39 +22,64 @@ from torch import fx
 
 from graphq.graph.infer import infer
 from graphq.graph.optable import family_of
-from graphq.graph.view import LayerView, parameter, value_of
+from graphq.graph.view import PART_OF, LayerView, parameter, value_of
 
 aten = torch.ops.aten
 LOWEST = torch.finfo(torch.float32).min
-Mask = tuple[fx.Node, fx.Node | None]  # what is added to the scores; 1 for queries that see a key, 0 for others
+Mask = tuple[fx.Node | None, fx.Node | None]  # what is added to the scores; 1 for queries that see a key, 0 for others
 
 
 def write_out_attention(gm: fx.GraphModule) -> None:
     """Rewrite, in place, every attention with a mask that is not causal by a flag."""
     masks: dict[fx.Node, Mask] = {}
-    for node in list(gm.graph.nodes):
-        if family_of(node.target) == "attention":
-            view = LayerView(gm, node)
-            mask = view.arg("attn_mask")
-            plain = not view.arg("is_causal") and not view.arg("enable_gqa") and not view.arg("dropout_p")
-            if plain and isinstance(mask, fx.Node) and value_of(node).dtype == torch.float32:
-                _write_out(gm, node, view, mask, masks)
+    for view in map(partial(LayerView, gm), list(gm.graph.nodes)):
+        mask = view.arg("attn_mask") if is_plain_attention(view) else None
+        if isinstance(mask, fx.Node):
+            if mask not in masks:
+                masks[mask] = _mask(gm, mask)
+            _write_out(gm, view, masks[mask])
     gm.graph.eliminate_dead_code()
 
 
-def _write_out(gm: fx.GraphModule, node: fx.Node, view: LayerView, mask: fx.Node, masks: dict[fx.Node, Mask]) -> None:
+def take_apart(gm: fx.GraphModule, attentions: list[LayerView]) -> None:
+    """Rewrite, in place, these attentions, with the scale on the query; rules on attention hold for the parts."""
+    masks: dict[Any, Mask] = {None: (None, None)}
+    for view in attentions:
+        mask = view.arg("attn_mask")
+        if mask not in masks:
+            masks[mask] = _mask(gm, mask)
+        _write_out(gm, view, masks[mask], scale_query=True)
+    gm.graph.eliminate_dead_code()
+
+
+def is_plain_attention(view: LayerView) -> bool:
+    """Is it an attention in float32 that no flag makes causal, groups or drops?"""
+    if family_of(view.node.target) != "attention" or view.dtype != torch.float32:
+        return False
+    return not any(view.arg(flag) for flag in ("is_causal", "enable_gqa", "dropout_p"))
+
+
+def _write_out(gm: fx.GraphModule, view: LayerView, mask: Mask, *, scale_query: bool = False) -> None:
+    node = view.node
     query, key, value, scale = (view.arg(k) for k in ("query", "key", "value", "scale"))
-    if mask not in masks:
-        masks[mask] = _mask(gm, mask)
-    added, sees = masks[mask]
+    added, sees = mask
     factor = 1 / math.sqrt(value_of(query).shape[-1]) if scale is None else scale
+    before = node.prev
     with gm.graph.inserting_before(node):
+        if scale_query:
+            query = _call(gm, aten.mul.Tensor, query, factor)
         scores = _call(gm, aten.matmul.default, query, _call(gm, aten.transpose.int, key, -2, -1))
-        scores = _call(gm, aten.add.Tensor, _call(gm, aten.mul.Tensor, scores, factor), added)
+        if not scale_query:
+            scores = _call(gm, aten.mul.Tensor, scores, factor)
+        if added is not None:
+            scores = _call(gm, aten.add.Tensor, scores, added)
         result = _call(gm, aten.matmul.default, _call(gm, aten.softmax.int, scores, -1), value)
         if sees is not None:
             result = _call(gm, aten.mul.Tensor, result, sees)
     result.meta = dict(node.meta)
+    while scale_query and before.next is not node:
+        before = before.next
+        before.meta |= {"nn_module_stack": node.meta.get("nn_module_stack"), PART_OF: "attention"}
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
 

@@ -2,7 +2,7 @@
 
     dequantize ── conv (── relu | clip) ── quantize     ⇒   qconv
     dequantize ── linear (── quantize)                  ⇒   qgemm (── add of a float bias)
-    dequantize ── matmul                                ⇒   qmatmul
+    dequantize ── matmul (── quantize)                  ⇒   qmatmul
     dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
     dequantize ── global average pool ── quantize       ⇒   qaverage_pool
     dequantize ── mul, sigmoid, leaky_relu, cat, softmax, avg_pool ── quantize   ⇒   qmul, qsigmoid, …
@@ -97,10 +97,14 @@ def _gemm(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.No
 
 
 def _matmul(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node | None) -> None:
-    """MatMulIntegerToFloat; a bias is added behind it in float."""
+    """MatMulIntegerToFloat, QLinearMatMul; a bias is added behind it in float."""
     view = LayerView(gm, node)
     if view.family != "linear":
-        _swap(gm, node, QMATMUL, (*_codes(node.args[0]), *_codes(node.args[1])))
+        both = (*_codes(node.args[0]), *_codes(node.args[1]))
+        if decision.kernel == "QLinearMatMul" and quantize is not None:
+            _swap(gm, quantize, QMATMUL, (*both, *_result(quantize)))
+        else:
+            _swap(gm, node, QMATMUL, (*both, None, None, "uint8"))
         return
     operands = (*_codes(view.arg("input")), *_codes(view.arg("weight")), None, None, None, "uint8")
     bias = view.arg("bias")
@@ -168,6 +172,7 @@ BUILDERS: dict[str, Any] = {
     "QLinearConv": _conv,
     "QGemm": _gemm,
     "MatMulIntegerToFloat": _matmul,
+    "QLinearMatMul": _matmul,
     "QLinearAdd": _of_two(QADD),
     "QLinearMul": _of_two(QMUL),
     "QLinearGlobalAveragePool": _of_one(QAVERAGE_POOL),

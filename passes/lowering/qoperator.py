@@ -28,7 +28,7 @@ from .residual_sums import separate_sums
 OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
     QCONV: [(0, 1, 2), (3, 4, 5), (None, 7, 8)],
     QGEMM: [(0, 1, 2), (3, 4, 5), (None, 7, 8)],
-    QMATMUL: [(0, 1, 2), (3, 4, 5)],
+    QMATMUL: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
     QADD: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
     QMUL: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
     QCAT: [(0, 1, 2), (None, 3, 4)],

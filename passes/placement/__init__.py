@@ -5,6 +5,7 @@ from .correct_bias import correct_bias, mean_products, mean_watchers
 from .edges import quantizer_at, quantizer_calls
 from .importance import give_importance, importance_watchers
 from .insert_quantizers import insert_quantizers
+from .open_attention import open_attention
 from .quantize_bias import fit_bias, quantize_bias
 from .saturation_guard import guard_saturation
 from .share_scales import shared_magnitudes
@@ -20,6 +21,7 @@ __all__ = [
     "insert_quantizers",
     "mean_products",
     "mean_watchers",
+    "open_attention",
     "quantize_bias",
     "quantizer_at",
     "quantizer_calls",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial, update_wrapper
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import fx
 from graphq.config.spec import QuantSpec
 from graphq.errors import TargetError, did_you_mean
 from graphq.graph.match import Match
+from graphq.graph.optable import family_of
 
 from ..lowering.integer_reference import lower_to_integer_reference
 from ..lowering.onnx_qdq import lower_to_onnx_qdq
@@ -83,6 +84,27 @@ def whole_blocks(m: Match, spec: QuantSpec) -> str | None:
     return None if row % size == 0 else f"a row of {row} values is not made of blocks of {size}"
 
 
+def read_as_codes(m: Match) -> str | None:
+    """The Q of the reader is moved in front of ops that only move data, to the product."""
+    return _read_only_by(m.root.node, ("linear", "conv", "matmul"))
+
+
+def read_by_softmax(m: Match) -> str | None:
+    return _read_only_by(m.root.node, ("softmax",))
+
+
+def _read_only_by(node: fx.Node, families: Sequence[str]) -> str | None:
+    """Why a result is not read by one of these ops alone, directly or through ops that move data; or None."""
+    if len(node.users) != 1:
+        return "its result is read several times"
+    reader = next(iter(node.users))
+    if family_of(reader.target) in MOVING:
+        return _read_only_by(reader, families)
+    return None if family_of(reader.target) in families else f"its result goes to {family_of(reader.target)}"
+
+
+MOVING = frozenset({"reshape", "transpose"})
+
 # the softmax kernel multiplies by the whole part of 1 / scale, and overflows for finer scales over short axes
 PROBABILITIES = (0.0, 255 / 256)
 
@@ -99,7 +121,11 @@ KERNELS = {
         # Gemm + Relu without a Q after it becomes a float FusedGemm
         Kernel("QGemm", "compute", when=matrix_with_bias),
     ],
-    "matmul": [Kernel("MatMulIntegerToFloat", "compute", output="optional")],
+    "matmul": [
+        Kernel("QLinearMatMul", "compute", when=read_by_softmax),
+        Kernel("QLinearMatMul", "compute", when=read_as_codes),
+        Kernel("MatMulIntegerToFloat", "compute", output="optional"),
+    ],
     "add": [Kernel("QLinearAdd", "between")],
     "mul": [Kernel("QLinearMul", "between")],
     "cat": [Kernel("QLinearConcat", "between")],
@@ -128,7 +154,7 @@ FLOAT_REASONS = {
     "silu": "Sigmoid and Mul have integer kernels, but two more roundings cost accuracy and gain no time",
     "hardswish": "ONNX Runtime's CPU has no integer kernel for HardSwish",
     "hardsigmoid": "ONNX Runtime's CPU has no integer kernel for HardSigmoid",
-    "attention": "fused attention is computed in float",
+    "attention": "float unless a rule on 'attention' asks for integers and no flag makes it causal",
     "embedding": "no kernel reads its rows packed, and the table would be dequantized whole at every run",
     "pad": "Pad has no integer kernel, and no convolution follows to take it in",
     "split": "Split runs on integers only with equal scales on all parts",
@@ -209,6 +235,7 @@ def onnxruntime_target(
         name="onnxruntime",
         cpu=cpu,
         kernels=KERNELS,
+        opens_attention=True,
         float_reasons=FLOAT_REASONS,
         weight_only_notes=WEIGHT_ONLY_NOTES,
         # x86 turns int8 activations into uint8 ones, under other names and with fewer fusions

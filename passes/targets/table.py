@@ -72,6 +72,7 @@ class Target:
     dynamic, dynamic_formats: rows for inputs whose scale is found at run time, and formats of such inputs: affine, with
         one scale for the tensor.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
+    opens_attention: it has kernels for the products and the softmax of an attention, none for the whole.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
     patterns: QuantPatterns of its own, tried before the built-in ones. translations: op → onnxscript function that
         writes it, for ops that torch.onnx does not know.
@@ -97,6 +98,7 @@ class Target:
     saturates: bool
     lowering: Callable[[fx.GraphModule], fx.GraphModule]
     reference: Callable[[fx.GraphModule], fx.GraphModule]
+    opens_attention: bool = False
     weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
     weight_only: Mapping[str, Sequence[PackedKernel]] = field(default_factory=dict)
     dynamic: Mapping[str, Sequence[Kernel]] = field(default_factory=dict)

@@ -204,3 +204,34 @@ def test_noops_are_dropped():
 def test_same_padding_becomes_numbers():
     families, error = canonical(nn.Conv2d(3, 4, 3, padding="same", dilation=2), torch.randn(2, 3, 7, 7))
     assert (families, error < 1e-6) == (["conv"], True)
+
+
+class Attends(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        x = x[:, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=self.mask(x))
+
+
+FULL = {
+    "compared": lambda x: (torch.arange(5) + 0 >= 0)[None, None, None].expand(x.shape[0], -1, 5, -1),
+    "added": lambda x: torch.zeros(5, 5),
+}
+HIDING = {
+    "one": lambda x: (torch.arange(5) >= 1)[None, None, None].expand(x.shape[0], -1, 5, -1),
+    "computed": lambda x: (x > -100).any(-1)[:, :, None].expand(-1, -1, 5, -1),
+    "causal": lambda x: torch.ones(5, 5).tril().bool(),
+}
+
+
+@pytest.mark.parametrize("name", [*FULL, *HIDING])
+def test_masks_that_hide_nothing_whatever_the_input_are_dropped(name):
+    model, x = Attends({**FULL, **HIDING}[name]).eval(), torch.randn(3, 5, 8)
+    gm = graphq.capture(model, (x,), dynamic_shapes="batch")
+    canonical_pipeline()(gm)
+    [view] = [v for v in layers(gm) if v.family == "attention"]
+    assert (view.arg("attn_mask") is None) == (name in FULL)
+    assert torch.allclose(gm(x[:2]), model(x[:2]), atol=1e-6)

@@ -12,7 +12,7 @@ from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
-from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
 
@@ -31,6 +31,7 @@ ATTRIBUTES = {
     "QLinearLeakyRelu": ("alpha",),
     "QLinearSoftmax": ("axis", "opset"),
     "QLinearConcat": ("axis",),
+    "QLinearWhere": (),
 }
 TYPES = {  # of attributes that are no numbers
     **dict.fromkeys(("kernel_shape", "strides", "pads"), OpSchema.AttrType.INTS),
@@ -51,6 +52,17 @@ INPUTS = {
     "QLinearSigmoid": ONE_TENSOR,
     "QLinearLeakyRelu": ONE_TENSOR,
     "QLinearSoftmax": ONE_TENSOR,
+    "QLinearWhere": (
+        "condition",
+        "X",
+        "x_scale",
+        "x_zero_point",
+        "Y",
+        "y_scale",
+        "y_zero_point",
+        "z_scale",
+        "z_zero_point",
+    ),
     "QLinearConcat": ("inputs",),  # the result's scale and zero point, then each tensor with its own
 }
 CODES = ("QGemm", *(name for name in INPUTS if name.startswith("QLinear")))  # may be results of these
@@ -63,7 +75,7 @@ def _schema(name: str) -> OpSchema:
     optional = OpSchema.FormalParameterOption.Optional
     single = OpSchema.FormalParameterOption.Single
     many = OpSchema.FormalParameterOption.Variadic
-    types = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int64)", "tensor(int32)"]
+    types = ["tensor(bool)", "tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int64)", "tensor(int32)"]
     results = types if name in CODES else ["tensor(float)"]
     inputs = [
         OpSchema.FormalParameter(
@@ -174,6 +186,10 @@ def _qcat(tensors, scales, zeros, ys, yz, format, dim):  # type: ignore[no-untyp
     return _contrib.QLinearConcat(ys, yz, *parts, axis=dim)
 
 
+def _qwhere(condition, a, a_scale, a_zero, b, b_scale, b_zero, ys, yz, format):  # type: ignore[no-untyped-def]
+    return _contrib.QLinearWhere(condition, a, a_scale, a_zero, b, b_scale, b_zero, ys, yz)
+
+
 def _qavg_pool(x, xs, xz, ys, yz, format, kernel, stride, padding, count_include_pad):  # type: ignore[no-untyped-def]
     shape = {"kernel_shape": list(kernel), "strides": list(stride), "pads": [*padding, *padding]}
     return _contrib.QLinearAveragePool(x, xs, xz, ys, yz, **shape, count_include_pad=int(count_include_pad))
@@ -208,4 +224,5 @@ TRANSLATIONS: dict[Any, Any] = {
     QLEAKY_RELU: _qleaky_relu,
     QSOFTMAX: _qsoftmax,
     QCAT: _qcat,
+    QWHERE: _qwhere,
 }

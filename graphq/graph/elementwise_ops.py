@@ -1,5 +1,5 @@
-"""Integer kernels that work element by element, bit for bit: graphq::qmul, qsigmoid, qleaky_relu, qcat, qsoftmax,
-qavg_pool.
+"""Integer kernels that work element by element, bit for bit: graphq::qmul, qsigmoid, qleaky_relu, qcat, qwhere,
+qsoftmax, qavg_pool.
 
 One that reads a single tensor is a table of 256 codes in ONNX Runtime: a code is dequantized, transformed and quantized
 in float32. Scales are float32 [], zero points int32 []. Softmax sums and pooling windows are added in float32, in
@@ -81,6 +81,26 @@ def qcat(
     return torch.cat([to_codes(_values(*part), y_scale, y_zero, format) for part in parts], dim)
 
 
+@torch.library.custom_op("graphq::qwhere", mutates_args=())
+def qwhere(
+    condition: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+    format: str,
+) -> Tensor:
+    """QLinearWhere: codes of a where the condition holds, else of b → codes with the result's scale."""
+    chosen, other = (
+        to_codes(_values(*part), y_scale, y_zero, format) for part in ((a, a_scale, a_zero), (b, b_scale, b_zero))
+    )
+    return torch.where(condition, chosen, other)
+
+
 @torch.library.custom_op("graphq::qsoftmax", mutates_args=())
 def qsoftmax(x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor, format: str) -> Tensor:
     """QLinearSoftmax over the last axis: codes → codes. The kernel multiplies by the whole part of 1 / y_scale."""
@@ -153,6 +173,11 @@ def _(tensors, scales, zeros, y_scale, y_zero, format, dim):  # type: ignore[no-
     return codes_like(torch.cat(tensors, dim), format)
 
 
+@qwhere.register_fake
+def _(condition, a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
+    return codes_like(torch.where(condition, a.float(), b.float()), format)
+
+
 @qsoftmax.register_fake
 def _(x, x_scale, x_zero, y_scale, y_zero, format):  # type: ignore[no-untyped-def]
     return codes_like(x, format)
@@ -167,6 +192,7 @@ def _(x, x_scale, x_zero, y_scale, y_zero, format, kernel, stride, padding, coun
 QMUL = torch.ops.graphq.qmul.default
 QSIGMOID = torch.ops.graphq.qsigmoid.default
 QLEAKY_RELU = torch.ops.graphq.qleaky_relu.default
+QWHERE = torch.ops.graphq.qwhere.default
 QCAT = torch.ops.graphq.qcat.default
 QSOFTMAX = torch.ops.graphq.qsoftmax.default
 QAVG_POOL = torch.ops.graphq.qavg_pool.default

@@ -24,6 +24,7 @@ INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "DynamicQ
 SAME_MOVE = {  # an op that only moves data may be written in several ways
     "Reshape": {"Reshape", "Flatten", "Squeeze", "Unsqueeze"},
     "Slice": {"Slice", "Gather"},
+    "Gather": {"Gather", "GatherElements"},
 }
 
 

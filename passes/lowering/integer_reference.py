@@ -5,7 +5,7 @@
     dequantize ── matmul (── quantize)                  ⇒   qmatmul
     dequantize ── add (── relu | clip) ── quantize      ⇒   qadd
     dequantize ── global average pool ── quantize       ⇒   qaverage_pool
-    dequantize ── mul, sigmoid, leaky_relu, cat, softmax, avg_pool ── quantize   ⇒   qmul, qsigmoid, …
+    dequantize ── mul, sigmoid, leaky_relu, cat, where, softmax, avg_pool ── quantize   ⇒   qmul, qsigmoid, …
     linear, embedding with packed weights               ⇒   matmul_nbits, gather_nbits (see `weight_only`)
 
 Everything else stays as it is. `verify` runs this graph against the runtime.
@@ -20,7 +20,7 @@ from torch import fx
 
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
-from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.fork import fork
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE
@@ -153,6 +153,11 @@ def _cat(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Nod
     _swap(gm, quantize, QCAT, args)
 
 
+def _where(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
+    condition, a, b = node.args
+    _swap(gm, quantize, QWHERE, (condition, *_codes(a), *_codes(b), *_result(quantize)))
+
+
 def _avg_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: fx.Node) -> None:
     """Windows that reach beyond the padding are counted otherwise by ONNX: those stay float."""
     view = LayerView(gm, node)
@@ -181,4 +186,5 @@ BUILDERS: dict[str, Any] = {
     "QLinearLeakyRelu": _leaky_relu,
     "QLinearConcat": _cat,
     "QLinearAveragePool": _avg_pool,
+    "QLinearWhere": _where,
 }

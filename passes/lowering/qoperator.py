@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, name_in_file
 from graphq.graph.ops import parse_format
 from graphq.graph.optable import family_of
@@ -31,6 +31,7 @@ OPERANDS: dict[object, list[tuple[int | None, int, int]]] = {
     QMATMUL: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
     QADD: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
     QMUL: [(0, 1, 2), (3, 4, 5), (None, 6, 7)],
+    QWHERE: [(1, 2, 3), (4, 5, 6), (None, 7, 8)],
     QCAT: [(0, 1, 2), (None, 3, 4)],
     **{op: [(0, 1, 2), (None, 3, 4)] for op in (QAVERAGE_POOL, QAVG_POOL, QSIGMOID, QLEAKY_RELU, QSOFTMAX)},
 }

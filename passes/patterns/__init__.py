@@ -1,7 +1,7 @@
 """What is quantized together. At one op the first pattern of the list that fits counts."""
 
 from .base import QuantPattern
-from .elementwise import COMPUTING, MOVING, Add, AddActivation, Attention, Concat, Matmul, Mul
+from .elementwise import COMPUTING, MOVING, Add, AddActivation, Attention, Concat, Matmul, Mul, Where
 from .weighted import (
     Conv,
     ConvActivation,
@@ -27,6 +27,7 @@ PATTERNS: list[type[QuantPattern]] = [
     Add,
     Mul,
     Concat,
+    Where,
     Attention,
     *COMPUTING,
     *MOVING,

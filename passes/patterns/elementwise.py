@@ -73,6 +73,20 @@ class Mul(QuantPattern):
         return two_tensors(m)
 
 
+class Where(QuantPattern):
+    """where(condition, a, b) ─ Q, a ─ Q ─, b ─ Q ─."""
+
+    family, head, activations = "where", "where", ("a", "b")
+
+    @staticmethod
+    def pattern(op, condition, a, b):
+        return op.where(condition, a, b)
+
+    @staticmethod
+    def check(m: Match) -> str | None:
+        return two_tensors(m)
+
+
 class Attention(QuantPattern):
     """query, key, value ─ Q ─ scaled_dot_product_attention; key and value as a cache would keep them."""
 
@@ -110,4 +124,7 @@ COMPUTING = [
     for f in ("relu", "clip", "leaky_relu", "sigmoid", "silu", "gelu", "hardswish", "hardsigmoid", "softmax",
               "avg_pool", "adaptive_avg_pool", "layer_norm", "rms_norm", "group_norm", "batch_norm")
 ]  # fmt: skip
-MOVING = [unary(f) for f in ("max_pool", "reshape", "transpose", "slice", "split", "expand", "pad", "resize", "roll")]
+MOVING = [
+    unary(f)
+    for f in ("max_pool", "reshape", "transpose", "slice", "split", "expand", "gather", "tile", "pad", "resize", "roll")
+]

@@ -129,6 +129,7 @@ KERNELS = {
     "add": [Kernel("QLinearAdd", "between")],
     "mul": [Kernel("QLinearMul", "between")],
     "cat": [Kernel("QLinearConcat", "between")],
+    "where": [Kernel("QLinearWhere", "between")],
     "avg_pool": [Kernel("QLinearAveragePool", "between")],
     "adaptive_avg_pool": [Kernel("QLinearGlobalAveragePool", "between", when=global_pool)],
     "sigmoid": [Kernel("QLinearSigmoid", "between")],
@@ -139,6 +140,8 @@ KERNELS = {
     "transpose": [Kernel("Transpose", "carry")],
     "slice": [Kernel("Slice", "carry")],
     "expand": [Kernel("Expand", "carry")],
+    "gather": [Kernel("Gather", "carry")],
+    "tile": [Kernel("Tile", "carry")],
     "resize": [Kernel("Resize", "carry", when=nearest)],
 }
 

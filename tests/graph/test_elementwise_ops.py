@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX
+from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 
 RNG = np.random.default_rng(0)
 DTYPES = {"uint8": np.uint8, "int8": np.int8}
@@ -77,6 +77,19 @@ def test_concatenation_takes_every_tensor_to_the_results_scale(format):
         expected = kernel("QLinearConcat", [ys, yz, a, As, az, b, bs, bz], axis=1)
         tensors = [torch.from_numpy(a), torch.from_numpy(b)]
         ours = QCAT(tensors, [ta[0], tb[0]], [ta[1], tb[1]], *ty, format, 1)
+        assert np.array_equal(ours.numpy(), expected)
+
+
+@pytest.mark.parametrize("format", DTYPES)
+def test_a_choice_of_two_takes_both_to_the_results_scale(format):
+    a, b = all_codes(format), all_codes(format)[::-1].copy()
+    for _ in range(20):
+        (As, az), ta = quantized(format, 0.02)
+        (bs, bz), tb = quantized(format, 0.05)
+        (ys, yz), ty = quantized(format, 0.04)
+        condition = RNG.integers(0, 2, 256).astype(bool)
+        expected = kernel("QLinearWhere", [condition, a, As, az, b, bs, bz, ys, yz])
+        ours = QWHERE(torch.from_numpy(condition), torch.from_numpy(a), *ta, torch.from_numpy(b), *tb, *ty, format)
         assert np.array_equal(ours.numpy(), expected)
 
 

@@ -33,6 +33,21 @@ class Between(nn.Module):
         return self.last(nn.functional.adaptive_avg_pool2d(joined, 1).flatten(1).softmax(-1))
 
 
+class Moves(nn.Module):
+    """Rows chosen, repeated and mixed between convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.register_buffer("rows", torch.tensor([2, 0, 1, 5]))
+
+    def forward(self, x):
+        x = self.first(x)
+        chosen = self.second(x.index_select(2, self.rows).repeat(1, 1, 1, 2))
+        gathered = self.second(torch.gather(x, 3, self.rows[None, None, None].expand(x.shape[0], 8, 7, -1)))
+        return chosen, gathered, self.second(torch.where(x > 0.1, x, self.second(x)))
+
+
 def models():
     torch.manual_seed(0)
     vision = nn.Sequential(
@@ -52,6 +67,7 @@ def models():
             [torch.randn(2, 5, 9) for _ in range(3)],
         ),
         "between": (Between(), [torch.randn(2, 3, 9, 9) for _ in range(3)]),
+        "moves": (Moves(), [torch.randn(2, 3, 9, 9) for _ in range(3)]),
         "one axis": (nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU()), [torch.randn(2, 3, 11) for _ in range(3)]),
     }
 
@@ -73,6 +89,8 @@ def test_a_qoperator_file_gives_the_references_integers(name, shapes, guard, tmp
     kinds = {n.op_type for n in onnx.load(path).graph.node}
     if name == "between":
         assert {f"QLinear{k}" for k in BETWEEN} <= kinds
+    if name == "moves":
+        assert "QLinearWhere" in kinds
     assert kinds & {"QLinearConv", "QGemm", "MatMulIntegerToFloat"} and not kinds & {"Conv", "Gemm", "MatMul"}
 
 

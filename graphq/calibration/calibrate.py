@@ -19,6 +19,7 @@ from graphq.passes.placement import (
     give_importance,
     guard_saturation,
     importance_watchers,
+    maxima_watchers,
     mean_products,
     mean_watchers,
     shared_magnitudes,
@@ -105,6 +106,7 @@ class _Statistics:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.quantizers = gm, quantizers(gm)
         self.means = mean_watchers(gm) if gm.meta["graphq_config"].bias_correction else {}
+        self.maxima = maxima_watchers(gm) if gm.meta["graphq_target"].guards_by_data else {}
 
     def observe(self) -> None:
         for q in self.quantizers.values():
@@ -114,6 +116,7 @@ class _Statistics:
     def watchers(self) -> Iterator[tuple[str, nn.Module]]:
         """(name of the tensor, module that sees it)."""
         yield from ((n.name, w) for (n, _), w in self.means.items())
+        yield from ((n.name, w) for (n, _), w in self.maxima.items())
         yield from ((n.name, w) for (n, _), w in self.importance.items())
 
     def activations(self) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -142,7 +145,7 @@ class _Statistics:
         """Make weights and biases what the target's kernels take."""
         fit_bias(self.gm)
         if self.gm.meta["graphq_target"].saturates:
-            guard_saturation(self.gm)
+            guard_saturation(self.gm, self.maxima)
         if self.means:
             correct_bias(self.gm, self.means, self.wanted)
 

@@ -1,7 +1,8 @@
 """Pairs of int8 weights that can drive a u8·s8 kernel of x86 without VNNI out of its int16 sums.
 
 The kernel multiplies neighbours along K, u8·s8 + u8·s8, into a saturating int16. With activations up to 255, codes a
-and b of a pair are safe for every input when max(a, 0) + max(b, 0) ≤ 128 and max(-a, 0) + max(-b, 0) ≤ 128.
+and b of a pair are safe for every input when max(a, 0) + max(b, 0) ≤ 128 and max(-a, 0) + max(-b, 0) ≤ 128; with
+activations up to p and q, when p/255 · max(a, 0) + q/255 · max(b, 0) ≤ 128.498, and so for the negative ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PAIR_LIMIT = 128  # 255 · 128 fits into int16, 255 · 129 does not
+PAIR_LIMIT = (2**15 - 1) / 255  # of whole codes 128: 255 · 128 fits into int16, 255 · 129 does not
 
 
 def along_k(weight: Tensor) -> Tensor:
@@ -42,7 +43,10 @@ def lost_to_int16(x: Tensor, rows: Tensor) -> Tensor:
     return loss
 
 
-def heaviest_side(rows: Tensor) -> Tensor:
-    """Of every pair the sum of its parts of one sign, the larger one [out, ⌈K / 2⌉]; safe up to PAIR_LIMIT."""
-    pairs = pairs_of(rows)
+def heaviest_side(rows: Tensor, reach: Tensor | None = None) -> Tensor:
+    """Of every pair the sum of its parts of one sign, the larger one [out, ⌈K / 2⌉]; safe up to PAIR_LIMIT.
+
+    reach: of the inputs [K] or [out, K], the largest code of each as a share of 255; None: 1.
+    """
+    pairs = pairs_of(rows if reach is None else rows * reach)
     return torch.maximum(pairs.clamp(min=0).sum(-1), (-pairs).clamp(min=0).sum(-1))

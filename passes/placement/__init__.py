@@ -7,7 +7,7 @@ from .importance import give_importance, importance_watchers
 from .insert_quantizers import insert_quantizers
 from .open_attention import open_attention
 from .quantize_bias import fit_bias, quantize_bias
-from .saturation_guard import guard_saturation
+from .saturation_guard import guard_saturation, maxima_watchers
 from .share_scales import shared_magnitudes
 from .to_qdq import to_qdq
 
@@ -19,6 +19,7 @@ __all__ = [
     "guard_saturation",
     "importance_watchers",
     "insert_quantizers",
+    "maxima_watchers",
     "mean_products",
     "mean_watchers",
     "open_attention",

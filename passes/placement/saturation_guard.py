@@ -3,35 +3,51 @@
 Which pairs of weights are safe: `graphq.numerics.pairs`. Each output channel gets the scale, between its own and the
 one at which all pairs are safe, with the least squared error after unsafe pairs are clipped to the bound.
 
+Most input channels never come near code 255. Where the target asks for it, pairs are safe only up to MARGIN times the
+largest value that calibration saw of each, and for no less than a quarter of the codes.
+
 K runs as (kernel row, kernel column, input channel), whatever the layout of the model; some kernels fill up an odd
 number of channels with a zero. Depthwise convolutions have another kernel, and need nothing.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
-from graphq.graph.decision import decision_of
+from graphq.graph.decision import Decision, decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.numerics.pairs import PAIR_LIMIT, along_k, from_k, heaviest_side, pairs_of
+from graphq.observers.maximum import ChannelMaximum
 
 from .edges import quantizer_at, quantizer_calls
 
 STEPS = 5
+MARGIN, LEAST = 1.25, 0.25
+Maxima = dict[tuple[fx.Node, int], ChannelMaximum]  # by the tensor that is read and the axis of its channels
 
 
-def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
-    """Choose weight scales and codes that no input can saturate. Returns the mean growth of the scale per layer."""
+def maxima_watchers(gm: fx.GraphModule) -> Maxima:
+    """A watcher for the input of every op whose weight is guarded."""
+    return {
+        _input(gm, node, decision): ChannelMaximum(_input(gm, node, decision)[1]) for node, decision in _guarded(gm)
+    }
+
+
+def guard_saturation(gm: fx.GraphModule, maxima: Maxima | None = None) -> dict[str, float]:
+    """Choose weight scales and codes that do not saturate. Returns the mean growth of the scale per layer.
+
+    maxima: what calibration saw of the inputs; None: safe for every input.
+    """
     even = gm.meta["graphq_target"].even_channels if "graphq_target" in gm.meta else False
     growth: dict[str, float] = {}
     guarded: dict[fx.Node, float] = {}  # by the quantizer's call: a weight may have several readers
-    for node in gm.graph.nodes:
-        decision = decision_of(node)
-        if decision is None or decision.action != "quantize" or decision.weight is None or _is_depthwise(gm, node):
-            continue
+    for node, decision in list(_guarded(gm)):
         _, call = quantizer_calls(decision)
-        assert call is not None
+        assert call is not None and decision.weight is not None
         if call in guarded:
             decision.reason += _words(guarded[call])
             continue
@@ -40,9 +56,10 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
         if weight is None or not quantizer.spec.number_format.signed or quantizer.spec.number_format.bits < 8:
             continue
         filled = _even_channels(weight.detach()) if even else weight.detach()
-        rows = along_k(filled)
+        rows, reach = along_k(filled), _reach(gm, node, decision, filled.shape, maxima or {})
         scale, _ = quantizer.qparams
-        safe_rows, safe_scale = guard_rows(rows, scale.reshape(-1).expand(len(rows)), per_row=bool(quantizer.block))
+        old = scale.reshape(-1).expand(len(rows))
+        safe_rows, safe_scale = guard_rows(rows, old, reach, per_row=bool(quantizer.block))
         quantizer.scale = safe_scale.reshape(scale.shape) if quantizer.block else safe_scale[0]
         _replace(gm, decision.weight, call, from_k(safe_rows, filled.shape)[:, : weight.shape[1]])
         growth[node.name] = guarded[call] = (safe_scale / scale.reshape(-1)).mean().item()
@@ -51,25 +68,60 @@ def guard_saturation(gm: fx.GraphModule) -> dict[str, float]:
     return growth
 
 
+def _guarded(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
+    for node in gm.graph.nodes:
+        decision = decision_of(node)
+        asked = decision is not None and decision.action == "quantize" and decision.weight is not None
+        if asked and not _is_depthwise(gm, node):
+            yield node, decision  # type: ignore[misc]
+
+
+def _input(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> tuple[fx.Node, int]:
+    """(the float tensor that the op reads, the axis of its channels)."""
+    source = quantizer_calls(decision)[0][0].args[0]
+    assert isinstance(source, fx.Node)
+    return source, 1 if LayerView(gm, node).family == "conv" else -1
+
+
+def _reach(gm: fx.GraphModule, node: fx.Node, decision: Decision, shape: torch.Size, maxima: Maxima) -> Tensor | None:
+    """How far the codes of the inputs go, as a share of 255 [out, K] for a weight of that shape."""
+    seen = maxima.get(_input(gm, node, decision))
+    if seen is None or seen.largest is None:
+        return None
+    scale, zero = quantizer_at(gm, quantizer_calls(decision)[0][0]).qparams
+    codes = zero + MARGIN * (seen.largest / scale).clamp(min=0)  # padding has the code of zero
+    share = (codes / 255).clamp(LEAST, 1)
+    weight = parameter(gm, decision.weight)
+    assert weight is not None
+    groups = len(share) // weight.shape[1]
+    by_group = torch.nn.functional.pad(share.reshape(groups, -1), [0, shape[1] - len(share) // groups], value=1.0)
+    positions = math.prod(shape[2:])
+    return by_group.repeat(1, positions).repeat_interleave(shape[0] // groups, 0)
+
+
 def _even_channels(weight: Tensor) -> Tensor:
     """[out, in, …] with a zero channel where the number of input channels is odd."""
     return torch.cat([weight, torch.zeros_like(weight[:, :1])], 1) if weight.shape[1] % 2 else weight
 
 
 def _words(growth: float) -> str:
-    return f"; scale grown {growth:.2f}× against int16 saturation"
+    return f"; scale grown {growth:.2f}× ({math.log2(growth):.2f} bits) against int16 saturation"
 
 
-def guard_rows(rows: Tensor, scale: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """rows [out, K] of weights, scale [out] → (weights on the safe grid [out, K], scale [out])."""
+def guard_rows(
+    rows: Tensor, scale: Tensor, reach: Tensor | None = None, *, per_row: bool = True
+) -> tuple[Tensor, Tensor]:
+    """rows [out, K] of weights, scale [out] → (weights on the safe grid [out, K], scale [out]). reach: see
+    `heaviest_side`."""
     rows = rows.float()
-    full = _safe_scale(rows, scale)
+    reach = torch.ones_like(rows) if reach is None else reach
+    full = torch.maximum(scale, heaviest_side(rows, reach).amax(1) / PAIR_LIMIT)
     full = full if per_row else full.max().expand_as(full)
     best, best_scale = torch.zeros_like(rows), scale.clone()
     least = torch.full_like(scale, float("inf"))
     for step in torch.linspace(0, 1, STEPS):
         trial = torch.lerp(scale, full, step)
-        values = clip_pairs(torch.round(rows / trial[:, None])) * trial[:, None]
+        values = clip_pairs(torch.round(rows / trial[:, None]), reach) * trial[:, None]
         loss = (values - rows).square().sum(1)
         better = loss < least if per_row else (loss.sum() < least.sum()).expand_as(loss)
         least, best_scale = torch.where(better, loss, least), torch.where(better, trial, best_scale)
@@ -77,20 +129,16 @@ def guard_rows(rows: Tensor, scale: Tensor, *, per_row: bool = True) -> tuple[Te
     return best, best_scale
 
 
-def clip_pairs(codes: Tensor) -> Tensor:
-    """Codes [out, K], integers in float: both of an unsafe pair give up half of the excess."""
+def clip_pairs(codes: Tensor, reach: Tensor) -> Tensor:
+    """Codes [out, K], integers in float: both of an unsafe pair give up of the excess as their inputs reach."""
     k = codes.shape[1]
-    pairs = pairs_of(codes.clamp(-127, 127))
+    pairs, (p, q) = pairs_of(codes.clamp(-127, 127)), pairs_of(reach).unbind(-1)
     for sign in (1, -1):
-        excess = ((pairs * sign).clamp(min=0).sum(-1) - PAIR_LIMIT).clamp(min=0)
-        cut = torch.stack([torch.ceil(excess / 2), torch.floor(excess / 2)], dim=-1)
-        pairs = pairs - sign * cut
+        excess = ((pairs * sign).clamp(min=0) * torch.stack([p, q], -1)).sum(-1) - PAIR_LIMIT
+        first = torch.ceil(excess.clamp(min=0) * p / (p.square() + q.square()))
+        second = torch.ceil((excess - first * p).clamp(min=0) / q.clamp(min=LEAST))
+        pairs = pairs - sign * torch.stack([first, second], -1)
     return pairs.flatten(1)[:, :k]
-
-
-def _safe_scale(rows: Tensor, scale: Tensor) -> Tensor:
-    """The smallest scale [out] at which every pair of real-valued codes is safe, never below the given one."""
-    return torch.maximum(scale, heaviest_side(rows).amax(1) / PAIR_LIMIT)
 
 
 def _is_depthwise(gm: fx.GraphModule, node: fx.Node) -> bool:

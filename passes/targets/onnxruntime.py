@@ -214,13 +214,14 @@ def onnxruntime_target(
     cpu: str = "auto",
     accuracy_level: Literal[0, 4] = 4,
     form: Literal["qdq", "qoperator"] = "qdq",
-    guard: bool = True,
+    guard: bool | Literal["calibrated"] = True,
 ) -> Target:
     """The target for a kind of CPU: "avx2" (x86 without VNNI: u8·s8 saturates), "vnni", "arm", or "auto": this one.
 
     accuracy_level: of products with packed weights: 4 rounds their inputs to int8 in blocks (fast), 0 keeps them float.
     form: of the file: "qdq", which the runtime's optimizer fuses, or "qoperator", with integer kernels as its nodes.
-    guard: on "avx2", choose weights that cannot saturate; without it saturation is simulated as it happens.
+    guard: on "avx2", choose weights that cannot saturate, whatever the input; "calibrated": for inputs up to 1.25 times
+        those of calibration, channel by channel; False: saturation is simulated as it happens.
     """
     if form not in ("qdq", "qoperator"):
         raise TargetError(
@@ -231,8 +232,9 @@ def onnxruntime_target(
             f"unknown accuracy_level {accuracy_level!r} of target 'onnxruntime'",
             remedy="0: inputs stay float; 4: they are rounded to int8 in blocks.",
         )
-    if not isinstance(guard, bool):
-        raise TargetError(f"guard is true or false, not {guard!r}", where="target 'onnxruntime'", remedy="guard=False")
+    if guard not in (True, False, "calibrated"):
+        what = f"guard is true, false or 'calibrated', not {guard!r}"
+        raise TargetError(what, where="target 'onnxruntime'", remedy="guard='calibrated'")
     cpu = cpu_named(cpu, "onnxruntime")
     return Target(
         name="onnxruntime",
@@ -244,7 +246,8 @@ def onnxruntime_target(
         # x86 turns int8 activations into uint8 ones, under other names and with fewer fusions
         activation_formats=frozenset({"uint8", "int8"} if cpu == "arm" else {"uint8"}),
         weight_formats=frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)),
-        saturates=cpu == "avx2" and guard,
+        saturates=cpu == "avx2" and bool(guard),
+        guards_by_data=guard == "calibrated",
         lowering=_with(lower_to_onnx_qdq if form == "qdq" else lower_to_onnx_qoperator, accuracy_level=accuracy_level),
         reference=_with(lower_to_integer_reference, accuracy_level=accuracy_level, saturating=cpu == "avx2"),
         weight_only=WEIGHT_ONLY,

@@ -85,7 +85,7 @@ class Target:
     suffix: of the files that it reads: ONNX models, or programs of torch.export.
     saturates: its u8·s8 kernels add adjacent products in saturating int16, and weights are to be chosen so that none
         does (`cpu` says which machine was meant). even_channels: they fill up an odd number of input channels, so that
-        no pair crosses from one kernel position to the next.
+        no pair crosses from one kernel position to the next. guards_by_data: for inputs like those of calibration.
     """
 
     name: str
@@ -111,6 +111,7 @@ class Target:
     executor: Literal["onnxruntime", "openvino", "inductor", ""] = ""
     suffix: Literal[".onnx", ".pt2"] = ".onnx"
     even_channels: bool = False
+    guards_by_data: bool = False
 
     def fit(self, scheme: Scheme) -> Scheme:
         """The scheme as this target takes it."""

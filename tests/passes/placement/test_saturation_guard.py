@@ -46,9 +46,10 @@ def test_the_guard_loses_less_than_a_bit_everywhere():
 
 
 def test_clipping_shares_the_excess():
-    assert clip_pairs(torch.tensor([[127.0, 127.0, -100.0, -100.0, 120.0, -120.0]])).tolist() == [
-        [64.0, 64.0, -64.0, -64.0, 120.0, -120.0]
-    ]
+    codes = torch.tensor([[127.0, 127.0, -100.0, -100.0, 120.0, -120.0]])
+    assert clip_pairs(codes, torch.ones(1, 6)).tolist() == [[64.0, 64.0, -64.0, -64.0, 120.0, -120.0]]
+    halves = torch.tensor([[0.5, 0.5, 1.0, 0.5, 1.0, 1.0]])
+    assert clip_pairs(codes, halves).tolist() == [[127.0, 127.0, -82.0, -92.0, 120.0, -120.0]]
 
 
 def test_k_runs_over_positions_then_channels():
@@ -66,3 +67,32 @@ def test_the_guard_runs_for_avx2_only_and_spares_depthwise_convolutions():
         gm = graphq.quantize(net, "int8", [x], target=graphq.get_target("onnxruntime", cpu=cpu), progress=False)
         reasons[cpu] = ["int16" in r.reason for r in graphq.explain(gm).rows if r.action == "quantize"]
     assert reasons == {"avx2": [True, False], "vnni": [False, False], "arm": [False, False]}
+
+
+class Quiet(nn.Module):
+    """A convolution in groups and a linear whose inputs, but for one channel, stay far below the top of their scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(8, 4, 3, padding=1, groups=2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def guarded(guard, data):
+    torch.manual_seed(0)
+    place = graphq.get_target("onnxruntime", cpu="avx2", guard=guard)
+    return graphq.quantize(Quiet().eval(), "int8", data, target=place, progress=False), place
+
+
+def test_by_the_data_the_guard_gives_away_less_and_still_nothing_saturates():
+    loud = torch.tensor([4.0, 1, 1, 1, 1, 1, 1, 1])[:, None, None]
+    data = [torch.rand(4, 8, 5, 5) * loud for _ in range(4)]
+    (strict, _), (by_data, place) = guarded(True, data), guarded("calibrated", data)
+    exact = graphq.get_target("onnxruntime", cpu="vnni").reference
+    x = data[0] * 1.25
+    assert torch.equal(place.reference(by_data)(x), exact(by_data)(x))
+    torch.manual_seed(0)
+    want = Quiet().eval()(data[0])
+    assert sqnr(want, by_data(data[0])) > sqnr(want, strict(data[0]))

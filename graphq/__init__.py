@@ -7,11 +7,13 @@ graphq.export(quantized, "model.onnx")                  # ONNX QDQ
 graphq.verify(quantized, "model.onnx", batches)         # is what was simulated what runs?
 """
 
+from graphq.algorithms.results import weight_results
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config import presets as presets
 from graphq.eager import apply_weights
 from graphq.errors import GraphqError
+from graphq.evaluate.algorithms import compare_algorithms
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
 from graphq.nn import register, unregister
@@ -34,6 +36,7 @@ __all__ = [
     "capture",
     "capture_like",
     "compare",
+    "compare_algorithms",
     "convert",
     "explain",
     "export",
@@ -49,4 +52,5 @@ __all__ = [
     "save",
     "unregister",
     "verify",
+    "weight_results",
 ]

@@ -123,7 +123,14 @@ def prepare(
         gm = fork(captured)
         canonical(gm)
         others = [fork(gm) for _ in targets[1:]]
-        graphs = [_place(g, config, t) for g, t in zip([gm, *others], targets, strict=True)]
+        graphs = [gm, *others]
+        if len({open_attention(g, config, t) for g, t in zip(graphs, targets, strict=True)}) > 1:
+            raise TargetError(
+                "not all of these targets quantize attention in parts, and one calibration is for one graph",
+                where=", ".join(t.name for t in targets),
+                remedy="Prepare the model for each by itself, or leave attention float.",
+            )
+        graphs = [_place(g, config, t) for g, t in zip(graphs, targets, strict=True)]
     for g in graphs:
         g.meta["graphq_canonical"] = canonical
     if not isinstance(target, (list, tuple)):
@@ -132,7 +139,6 @@ def prepare(
 
 
 def _place(gm: fx.GraphModule, config: QuantConfig, target: Target) -> fx.GraphModule:
-    open_attention(gm, config, target)
     annotate(gm, config, target)
     check_stage(gm, decided, after="annotate")
     insert_quantizers(gm)

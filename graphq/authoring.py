@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphq.algorithms import ALGORITHMS, weight_algorithm
+from graphq.algorithms.scaling import Pair, scaling_pairs
 from graphq.graph.capture import capture
 from graphq.graph.equivalence import Equivalence
 from graphq.graph.fork import fork
@@ -34,7 +35,8 @@ def traced(model: nn.Module | Callable[..., Any], *inputs: Tensor) -> Pattern:
 
 __all__ = [
     "ALGORITHMS", "OP", "PASSES", "TARGETS", "Equivalence", "FunctionPass", "Invariant", "Kernel", "LayerView", "Match",
-    "Pass", "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport", "Target",
-    "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "traced",
+    "Pair", "Pass", "PassResult", "Pattern", "Pipeline", "QuantPattern", "Rewrite", "RewritePass", "RuleReport",
+    "Target",
+    "canonical_pipeline", "capture", "checking", "fork", "get_target", "none_of", "report", "scaling_pairs", "traced",
     "weight_algorithm",
 ]  # fmt: skip

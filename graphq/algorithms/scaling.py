@@ -3,8 +3,9 @@
     x ─ linear(W)     ⇒     x · 1/s ─ linear(W · s)
 
 The linears that read one tensor (q, k, v; gate, up) are a group with one s. 1/s is folded into what makes the tensor
-where nothing else reads it: a norm, or the linear behind one side of a product (up in down(act(gate) · up)). Else it is
-a multiplication (a residual stream that starts behind the norm, as in BERT).
+where nothing else reads it: a norm, the linear behind one side of a product (up in down(act(gate) · up)) or in front of
+a relu, that of v behind attention. Else it is a multiplication (a residual stream that starts behind the norm, as in
+BERT).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from graphq.passes.placement import quantizer_at, quantizer_calls
 
 SMOOTHED = "graphq_smoothed"  # in a graph's meta: the groups that got a scale, so that `load` can make them again
 NORMS = ("layer_norm", "rms_norm")
+HOMOGENEOUS = ("relu", "leaky_relu")  # a positive scale may as well stand in front of them
 Part = tuple[fx.Node, fx.Node]  # a parameter with an entry, or a row, per channel, and the op that reads it
 
 
@@ -77,6 +79,33 @@ def weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
     """[out, in] each, in float32."""
     tensors = [parameter(gm, decision_of(n).weight) for n in group.linears]  # type: ignore[union-attr]
     return [t.detach().float() for t in tensors if t is not None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Linears that read one tensor, and what a scale of its channels can be folded into; by module paths.
+
+    into: a norm, or a linear; "" where the scale would be a multiplication.
+    """
+
+    into: str
+    linears: tuple[str, ...]
+
+
+def scaling_pairs(prepared: fx.GraphModule) -> list[Pair]:
+    """The pairs of a prepared graph, in its order: what other libraries keep in a table for every model."""
+    found = []
+    for group in groups(prepared):
+        parts = made_by(prepared, group.source, group.readers)
+        into = LayerView(prepared, _op_of(parts[0])).path if parts else ""
+        found.append(Pair(into, tuple(LayerView(prepared, n).path for n in group.linears)))
+    return found
+
+
+def _op_of(part: Part) -> fx.Node:
+    """The op that computes with a parameter, behind its quantizer."""
+    user = part[1]
+    return next(iter(user.users)) if user.op == "call_module" else user
 
 
 def apply_everywhere(
@@ -140,6 +169,8 @@ def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> li
     if family == "mul" and node.args[0] is not node.args[1]:
         sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and value_of(a).shape == value_of(node).shape]
         return next((p for p in (made_by(gm, side, [node]) for side in reversed(sides)) if p), None)
+    if family in HOMOGENEOUS:
+        return made_by(gm, node.all_input_nodes[0], [node])
     if family == "reshape":
         heads = _heads_side_by_side(gm, node)
         return None if heads is None else made_by(gm, *heads)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
+from graphq.algorithms.results import RESULTS, WeightResult, errors_of
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.decision import decision_of
@@ -30,20 +32,19 @@ from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
 from graphq.passes.placement import shared_magnitudes
 
-RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
 TRIAL = QuantSpec(format="int8", granularity="channel")
 WeightFunction = Callable[..., Tensor]
+FUNCTIONS: dict[str, WeightFunction] = {}
 
 
 @dataclass(frozen=True)
-class WeightResult:
-    """What rounding one weight costs: Σ|ΔW·x|² over Σ|W·x|² on the calibration data, and the same to the nearest."""
+class Moments:
+    """Of the inputs of layers that are cut into rows alike. hessian: Σ X̂ᵀX̂ [groups, in, in] over `rows` rows; cross:
+    for each group Σ (X - X̂)ᵀX̂ [in, in] or None."""
 
-    node: str
-    layer: str
-    algorithm: str
-    error: float
-    error_nearest: float
+    hessian: Tensor
+    cross: Sequence[Tensor | None]
+    rows: int
 
 
 def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
@@ -77,6 +78,7 @@ def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
         algorithm.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
         algorithm.__doc__ = function.__doc__
         ALGORITHMS.register(name)(algorithm)
+        FUNCTIONS[name] = function
         return function
 
     return register
@@ -105,14 +107,10 @@ class _Walk:
         for source, layers in self.progress(self.groups.items(), self.name):
             inputs = self.rounded.until(source)
             wanted = self.exact.until(source) if self.exact is not None else None
-            for alike in _alike(layers):
-                hessian, cross = _moments(alike[0], inputs, wanted, self.rounded.masks)
+            for alike in alike_in_rows(layers):
+                moments = moments_of(alike[0], inputs, wanted, self.rounded.masks)
                 for layer in alike:
-                    try:
-                        self._quantize(layer, hessian, cross)
-                    except (GraphqError, torch.linalg.LinAlgError) as e:
-                        what, remedy = (e.what, e.remedy) if isinstance(e, GraphqError) else (str(e), "More damping.")
-                        raise CalibrationError(f"{self.name}: {what}", where=layer.view.where(), remedy=remedy) from e
+                    self._quantize(layer, moments)
 
     def undo(self) -> None:
         """Leave the graph as it was."""
@@ -130,36 +128,48 @@ class _Walk:
         self.gm.meta.setdefault(RESULTS, []).extend(self.results)
         finish(self.gm)
 
-    def _quantize(self, layer: Layer, hessian: Tensor, cross: list[Tensor | None]) -> None:
-        weight = layer.matrix()
+    def _quantize(self, layer: Layer, moments: Moments) -> None:
+        weight, parts = layer.matrix(), []
+        for w, h, c in zip(weight.chunk(len(moments.hessian)), moments.hessian, moments.cross, strict=True):
+            parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
+        shared = self.shared.get(layer.quantizer)
+        chosen, grid, result = round_weight(layer, torch.cat(parts), moments, self.name, self.choose, shared)
+        self.results.append(result)
+        layer.settle(chosen, grid, self.name, result.words())
+
+
+def round_weight(
+    layer: Layer, weight: Tensor, moments: Moments, name: str, choose: WeightFunction, overall: Tensor | None
+) -> tuple[Tensor, Grid, WeightResult]:
+    """(the weight [out, in] that an algorithm chooses, its grid, what that costs). Nothing is changed.
+
+    overall: see `Grid`. Raises CalibrationError, with the layer's name, where it cannot be chosen.
+    """
+    start, hessian = time.perf_counter(), moments.hessian
+    try:
         if not layer.spec.ragged:
             check_divides(weight.shape, layer.block, layer.view.where())
-        parts = []
-        for w, h, c in zip(weight.chunk(len(hessian)), hessian, cross, strict=True):
-            parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
-        aimed, overall = torch.cat(parts), self.shared.get(layer.quantizer)
-        grid = Grid(layer.spec, layer.block, aimed, overall=overall, importance=hessian.diagonal(dim1=1, dim2=2).sum(0))
-        chosen = self._choose(aimed, hessian, grid)
-        if chosen.shape != aimed.shape:
-            raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(aimed.shape)}")
-        result = self._result(layer, aimed, hessian, grid, chosen)
-        self.results.append(result)
-        lost = f"{result.error:.2%} of its products' energy lost, to the nearest {result.error_nearest:.2%}"
-        layer.settle(chosen, grid, self.name, f"{self.name}: {lost}")
-
-    def _choose(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-        if len(hessian) == 1:
-            return self.choose(weight, hessian[0], grid)
-        parts = zip(weight.chunk(len(hessian)), hessian, grid.split(len(hessian)), strict=True)
-        return torch.cat([self.choose(w, h, g) for w, h, g in parts])
-
-    def _result(self, layer: Layer, weight: Tensor, hessian: Tensor, grid: Grid, chosen: Tensor) -> WeightResult:
-        energy = _energy(weight, hessian)
-        errors = (_energy(weight - w, hessian) / max(energy, 1e-30) for w in (chosen, grid.rounded(weight)))
-        return WeightResult(layer.node.name, layer.view.path, self.name, *errors)
+        importance = hessian.diagonal(dim1=1, dim2=2).sum(0)
+        grid = Grid(layer.spec, layer.block, weight, overall=overall, importance=importance)
+        chosen = _by_group(choose, weight, hessian, grid)
+        if chosen.shape != weight.shape:
+            raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(weight.shape)}")
+    except (GraphqError, torch.linalg.LinAlgError) as e:
+        what, remedy = (e.what, e.remedy) if isinstance(e, GraphqError) else (str(e), "More damping.")
+        raise CalibrationError(f"{name}: {what}", where=layer.view.where(), remedy=remedy) from e
+    seconds = time.perf_counter() - start
+    errors = errors_of(weight, chosen, grid, hessian, moments.rows)
+    return chosen, grid, WeightResult(layer.node.name, layer.view.path, name, seconds, **errors)  # type: ignore[arg-type]
 
 
-def _alike(layers: list[Layer]) -> list[list[Layer]]:
+def _by_group(choose: WeightFunction, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    if len(hessian) == 1:
+        return choose(weight, hessian[0], grid)
+    parts = zip(weight.chunk(len(hessian)), hessian, grid.split(len(hessian)), strict=True)
+    return torch.cat([choose(w, h, g) for w, h, g in parts])
+
+
+def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:
     """Layers whose inputs are cut into the same rows: all linears, or convolutions of one shape."""
     found: dict[Any, list[Layer]] = {}
     for layer in layers:
@@ -167,23 +177,23 @@ def _alike(layers: list[Layer]) -> list[list[Layer]]:
     return list(found.values())
 
 
-def _moments(
-    layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, masks: list[Tensor | None]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(Σ X̂ᵀX̂ [groups, in, in], for each group Σ (X - X̂)ᵀX̂ or None)."""
+def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, masks: list[Tensor | None]) -> Moments:
+    """inputs, wanted: X̂ and X, one tensor for each batch. Raises CalibrationError without any."""
     total: Tensor | None = None
     cross: Tensor | None = None
+    count = 0
     for number, x in enumerate(inputs):
         rows = input_rows(layer, x, masks[number])
         moment = rows.transpose(1, 2) @ rows
         total = moment if total is None else total + moment
+        count += rows.shape[1]
         if wanted is not None:
             lost = input_rows(layer, wanted[number], masks[number]) - rows
             moment = lost.transpose(1, 2) @ rows
             cross = moment if cross is None else cross + moment
     if total is None:
         raise CalibrationError("no calibration data reaches this layer", where=layer.view.where())
-    return total, list(cross) if cross is not None else [None] * len(total)
+    return Moments(total, list(cross) if cross is not None else [None] * len(total), count)
 
 
 def _correction(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
@@ -192,8 +202,3 @@ def _correction(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) 
     mean = damped.diagonal().mean().clamp(min=1e-12)
     damped = damped + torch.eye(len(damped), dtype=damped.dtype, device=damped.device) * (damping * mean)
     return torch.linalg.solve(damped, (weight.double() @ cross.double()).T).T.float()
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    parts = zip(weight.chunk(len(hessian)), hessian, strict=True)
-    return sum(float(((w @ h) * w).sum(dtype=torch.float64)) for w, h in parts)

@@ -3,7 +3,8 @@
     x ─ Q ─ linear(W)     ⇒     x · 1/s ─ Q ─ linear(W · s),     s = max|x|^α / max|W|^(1-α) per input channel
 
 α is searched for every group of linears that read one tensor, "none" included: the one with the least squared error of
-the group's products, inputs and weights quantized, on samples of the calibration data.
+the group's products, inputs and weights quantized, on samples of the calibration data. Inputs have one scale, or one
+per token; where they have one per group they are searched as if they had one.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | No
     errors = []
     for scale in candidates:
         rounded = [_rounded_weight(w * scale, s) for w, s in zip(own, specs, strict=True)]
-        errors.append(min(_error(seen, scale, clip, spec, rounded, wanted) for clip in CLIPS))
+        clips = (1.0,) if spec.dynamic else CLIPS
+        errors.append(min(_error(seen, scale, clip, spec, rounded, wanted) for clip in clips))
     best = int(torch.tensor(errors).argmin())
     return candidates[best] if best else None
 
@@ -82,8 +84,12 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | No
 def _error(
     seen: RowSamples, scale: Tensor, clip: float, spec: QuantSpec, weights: list[Tensor], wanted: list[Tensor]
 ) -> float:
-    lo, hi = (seen.lowest / scale).min() * clip, (seen.highest / scale).max() * clip
-    x = fake_quantize(seen.rows / scale, *spec.choose(lo, hi), (), spec.number_format)
+    x = seen.rows / scale
+    if spec.granularity == "token":
+        qparams, block = spec.choose(x.amin(1, keepdim=True), x.amax(1, keepdim=True)), spec.block_for(2)
+    else:
+        qparams, block = spec.choose((seen.lowest / scale).min() * clip, (seen.highest / scale).max() * clip), ()
+    x = fake_quantize(x, *qparams, block, spec.number_format)
     return sum((x @ w.T - y).square().sum().item() for w, y in zip(weights, wanted, strict=True))
 
 

@@ -100,7 +100,9 @@ class _Writer:
         source, scale, zero = node.inputs
         assert source is not None and scale is not None and zero is not None
         flat = not size
-        new_scale = self._typed(scale, ml_dtypes.float8_e8m0fnu if "e8m0" in flags else np.float32, flat)
+        computed = scale.producer() is not None and scale.producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
+        kind = ml_dtypes.float8_e8m0fnu if "e8m0" in flags else np.float32
+        new_scale = scale if computed else self._typed(scale, kind, flat)
         new_zero = self._typed(zero, dtype, flat)
         if node.op_type == "Dequantize" and source.const_value is not None:
             source = self._typed(source, dtype, False)

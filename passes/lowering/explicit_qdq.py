@@ -17,6 +17,7 @@ from graphq.graph.passes import finish
 
 from .names import keep_names
 from .onnx_qdq import global_average_pool, linear_to_matmul
+from .two_level import split_block_scales
 
 
 def lower_to_explicit_qdq(converted: fx.GraphModule) -> fx.GraphModule:
@@ -27,6 +28,7 @@ def lower_to_explicit_qdq(converted: fx.GraphModule) -> fx.GraphModule:
             linear_to_matmul(gm, node)
         elif family_of(node.target) == "adaptive_avg_pool":
             global_average_pool(node)
+    split_block_scales(gm)
     gm.graph.eliminate_dead_code()
     finish(gm)
     return gm

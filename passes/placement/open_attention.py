@@ -17,14 +17,15 @@ from ..lowering.attention import is_plain_attention, take_apart
 from ..targets.table import Target
 
 
-def open_attention(gm: fx.GraphModule, config: QuantConfig, target: Target) -> None:
-    """Rewrite, in place, every attention whose inputs are to have scales that calibration finds."""
+def open_attention(gm: fx.GraphModule, config: QuantConfig, target: Target) -> int:
+    """Rewrite, in place, every attention whose inputs are to have scales that calibration finds. Returns how many."""
     if not target.opens_attention:
-        return
+        return 0
     asked = [v for v in layers(gm) if is_plain_attention(v) and _asked(v, config)]
     if asked:
         take_apart(gm, asked)
         finish(gm)
+    return len(asked)
 
 
 def _asked(view: LayerView, config: QuantConfig) -> bool:

@@ -18,6 +18,7 @@ from graphq.graph.ops import AGAIN, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, format
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
+from graphq.numerics.scales import TWO_LEVEL
 from graphq.quantizer import TensorQuantizer
 
 from .edges import quantizer_at
@@ -51,6 +52,8 @@ def hold(gm: fx.GraphModule, name: str, quantizer: TensorQuantizer) -> None:
         scale, zero_point = quantizer.qparams
         holder.register_buffer("scale", scale)
         holder.register_buffer("zero_point", zero_point)
+        if quantizer.spec.scale in TWO_LEVEL:
+            holder.register_buffer("overall", quantizer.overall)
 
 
 def _pair(

@@ -6,9 +6,13 @@ runtime makes of them is its own affair; the file means, bit for bit, what was s
 
 from __future__ import annotations
 
+from torch import fx
+
 from graphq.graph.fork import fork
+from graphq.graph.passes import finish
 
 from ..lowering.names import keep_names
+from ..lowering.two_level import split_block_scales
 from .simulation import FAMILIES
 from .table import TARGETS, Kernel, Target
 
@@ -17,6 +21,14 @@ ACTIVATIONS = frozenset(
      "fp6_e3m2", "fp6_e2m3")
 )  # fmt: skip
 WEIGHTS = ACTIVATIONS | {"int3", "uint3", "int5", "uint5", "int6", "uint6", "int7", "uint7"}
+
+
+def lower_to_standard(converted: fx.GraphModule) -> fx.GraphModule:
+    """A new graph that computes the same."""
+    gm = keep_names(converted)
+    split_block_scales(gm)
+    finish(gm)
+    return gm
 
 
 @TARGETS.register("onnx")
@@ -32,6 +44,6 @@ def onnx_target() -> Target:
         weight_formats=WEIGHTS,
         weight_granularities=frozenset({"tensor", "channel", "group"}),
         saturates=False,
-        lowering=keep_names,
+        lowering=lower_to_standard,
         reference=fork,
     )

@@ -22,7 +22,7 @@ from graphq.graph.view import LayerView
 from ..lowering.explicit_qdq import lower_to_explicit_qdq
 from .table import TARGETS, Kernel, PackedKernel, Target
 
-INT4_BLOCKS = (64, 128)
+INT4_BLOCKS, NVFP4_BLOCK = (64, 128), 16
 
 
 def sum_of_convolution(m: Match) -> str | None:
@@ -69,13 +69,15 @@ def _longer(a: fx.Node, b: fx.Node) -> fx.Node:
 
 
 def int4_blocks(m: Match, spec: QuantSpec) -> str | None:
-    """Weights beside float inputs: symmetric int4 in blocks of 64 or 128 along the rows, int8 and fp8 per channel."""
+    """Weights beside float inputs: symmetric int4 in blocks of 64 or 128, NVFP4, int8 and fp8 per channel."""
+    if spec.format == "fp4_e2m1" and spec.scale == "e4m3" and spec.group_size == NVFP4_BLOCK:
+        return None
     if not spec.symmetric:
         return "TensorRT takes zero point 0 only"
     if spec.format in ("int8", "fp8_e4m3") and spec.granularity in ("tensor", "channel"):
         return None
     if spec.format != "int4" or spec.granularity != "group" or spec.axis not in (None, 1, -1):
-        return f"{spec} is not one of int4 in blocks along the rows, int8 and fp8_e4m3 per channel"
+        return f"{spec} is not one of int4 and nvfp4 in blocks along the rows, int8 and fp8_e4m3 per channel"
     if spec.group_size not in INT4_BLOCKS:
         return f"blocks have 64 or 128 values, not {spec.group_size}"
     return None
@@ -114,7 +116,7 @@ FLOAT_REASONS = {
 
 @TARGETS.register("tensorrt")
 def tensorrt_target() -> Target:
-    """int8 or fp8 layers, int4 weights in blocks; symmetric throughout."""
+    """int8 or fp8 layers, int4 and NVFP4 weights in blocks; symmetric throughout."""
     return Target(
         name="tensorrt",
         cpu="any",
@@ -122,7 +124,7 @@ def tensorrt_target() -> Target:
         float_reasons=FLOAT_REASONS,
         weight_only_notes={},
         activation_formats=frozenset({"int8", "fp8_e4m3"}),
-        weight_formats=frozenset({"int8", "fp8_e4m3", "int4"}),
+        weight_formats=frozenset({"int8", "fp8_e4m3", "int4", "fp4_e2m1"}),
         saturates=False,
         lowering=lower_to_explicit_qdq,
         reference=fork,

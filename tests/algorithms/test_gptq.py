@@ -12,7 +12,7 @@ from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms import sequential
 from graphq.algorithms.gptq import gptq, inverse_factor
 from graphq.algorithms.grid import Grid
-from graphq.algorithms.sequential import RESULTS
+from graphq.algorithms.results import RESULTS
 from graphq.calibration.stream import Stream
 from graphq.config.presets import SCHEMES
 from graphq.errors import CalibrationError, ConfigError
@@ -131,8 +131,8 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("qep", [0.0, 0.5])
 def test_moments_are_computed_once_for_layers_that_read_one_tensor_and_ops_run_once(qep, monkeypatch):
     moments, ops = [], []
-    compute, step = sequential._moments, Stream._step
-    monkeypatch.setattr(sequential, "_moments", lambda *args: moments.append(1) or compute(*args))
+    compute, step = sequential.moments_of, Stream._step
+    monkeypatch.setattr(sequential, "moments_of", lambda *args: moments.append(1) or compute(*args))
     monkeypatch.setattr(Stream, "_step", lambda self, node, values: ops.append(node.name) or step(self, node, values))
     model, data = Decoder().eval(), correlated()
     graph = graphq.quantize(model, config({"name": "gptq", "args": {"qep": qep}}), data, progress=False)
@@ -150,7 +150,7 @@ def test_layers_see_the_inputs_that_rounded_layers_give_and_qep_helps():
         graph = graphq.quantize(model, config(*algorithms), data, progress=False)
         quality[name] = graphq.compare(model, graph, held, per_op=False).sqnr
         for result in graph.meta[RESULTS]:
-            assert result.error <= result.error_nearest * 1.001 and result.layer
+            assert result.relative_output_squared_error <= result.nearest * 1.001 and result.layer
     assert quality["nearest"] + 1.5 < quality["gptq"] < quality["qep"]
 
 
@@ -287,7 +287,7 @@ def test_every_granularity_with_groups_found_on_the_way(granularity, observer):
                      observer=observer)  # fmt: skip
     algorithm = {"name": "gptq", "args": {"order": "none", "groups": "dynamic"}}
     graph = graphq.quantize(Decoder(1).eval(), config(algorithm, spec=spec), correlated(), progress=False)
-    assert all(r.error < r.error_nearest for r in graph.meta[RESULTS])
+    assert all(r.relative_output_squared_error < r.nearest for r in graph.meta[RESULTS])
 
 
 def test_groups_that_do_not_divide_are_refused_with_the_layer():

@@ -8,6 +8,7 @@ from torch import nn
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.errors import TargetError
 from graphq.graph.view import layers
 
 INT8 = Scheme(
@@ -86,6 +87,18 @@ def test_a_rule_on_attention_holds_for_its_parts_and_one_on_matmul_does_not():
         "aten.mul.Tensor", "aten.transpose.int", "aten.matmul.default", "aten.softmax.int", "aten.matmul.default"
     ]  # fmt: skip
     assert [v.node.meta["graphq"].action for v in parts][2:] == ["quantize"] * 3
+
+
+def test_a_saved_graph_is_taken_apart_again(tmp_path):
+    graph, data = quantized("int8_attention")
+    torch.manual_seed(0)
+    again = graphq.load(graphq.save(graph, tmp_path / "g"), Block().eval())
+    assert torch.equal(again(*data[0]), graph(*data[0]))
+
+
+def test_targets_that_see_attention_otherwise_are_not_calibrated_together():
+    with pytest.raises(TargetError, match="attention in parts"):
+        graphq.prepare(Block().eval(), "int8_attention", (torch.randn(2, 5, 32),), target=["tensorrt", "onnxruntime"])
 
 
 def test_attention_that_a_flag_makes_causal_stays_whole():

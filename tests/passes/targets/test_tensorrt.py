@@ -71,16 +71,17 @@ def test_explain_says_that_affine_was_asked_for(residual):
     assert all("zero point 0 only" in r.reason for r in rows if r.action == "quantize")
 
 
-@pytest.mark.parametrize("scheme", ["int4_weights", "fp8"])
-def test_int4_blocks_and_fp8_are_written_in_their_types(scheme, tmp_path):
+@pytest.mark.parametrize("scheme", ["int4_weights", "nvfp4_weights", "fp8"])
+def test_int4_blocks_and_small_floats_are_written_in_their_types(scheme, tmp_path):
     weight = graphq.QuantSpec(format="int4", granularity="group", group_size=64)
+    weight = graphq.QuantSpec(format="nvfp4") if scheme == "nvfp4_weights" else weight
     specs = graphq.Scheme(weight=weight)
     if scheme == "fp8":
         fp8 = graphq.QuantSpec(format="fp8_e4m3")
         specs = graphq.Scheme(weight=fp8.model_copy(update={"granularity": "channel"}), input=fp8)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 96), nn.GELU(), nn.Linear(96, 64 if scheme == "fp8" else 128)).eval()
-    rules = (graphq.Rule(select="0" if scheme == "int4_weights" else "linear", scheme=specs),)
+    rules = (graphq.Rule(select="linear" if scheme == "fp8" else "0", scheme=specs),)
     config = graphq.QuantConfig(rules=rules)
     data = [torch.randn(4, 128) for _ in range(2)]
     quantized = graphq.quantize(model, config, data, target="tensorrt", progress=False)
@@ -90,6 +91,11 @@ def test_int4_blocks_and_fp8_are_written_in_their_types(scheme, tmp_path):
     kinds = {i.name: i.data_type for i in exported.graph.initializer}
     wanted = onnx.TensorProto.INT4 if scheme == "int4_weights" else onnx.TensorProto.FLOAT8E4M3FN
     assert wanted in {kinds.get(n.input[0]) for n in reads}
+    if scheme == "nvfp4_weights":
+        scales = [n.output[0] for n in reads if kinds.get(n.input[0]) == wanted]
+        assert [kinds[n.input[0]] for n in reads if n.input[1] in scales] == [onnx.TensorProto.FLOAT4E2M1]
+        onnx.checker.check_model(exported)
+        return  # ONNX Runtime has no kernel for fp4
     assert all(n.op_type != "Transpose" for n in exported.graph.node)
     result = graphq.verify(quantized, path, data)
     assert result.floats_sqnr > 100 and result.largest <= 1

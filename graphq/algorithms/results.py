@@ -1,0 +1,77 @@
+"""What choosing a weight has cost: squared errors of the weight and of its products on the calibration data.
+
+The products are never computed: with H = X·Xᵀ, summed over all inputs X of the layer, ‖E·X‖² is the trace of E·H·Eᵀ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from graphq.algorithms.grid import Grid
+
+RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
+
+
+@dataclass(frozen=True)
+class WeightResult:
+    """One weight W that an algorithm has rounded to Ŵ. X: the inputs that it was chosen on.
+
+    output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
+    over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
+    grid. seconds: of choosing.
+    """
+
+    node: str
+    layer: str
+    algorithm: str
+    seconds: float
+    output_squared_error: float
+    mean_output_squared_error: float
+    relative_output_squared_error: float | None
+    weight_squared_error: float
+    mean_weight_squared_error: float
+    relative_weight_squared_error: float | None
+    nearest: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def words(self) -> str:
+        """For a decision's reason."""
+        if self.relative_output_squared_error is None or self.nearest is None:
+            return f"{self.algorithm}: its products are zero on all data"
+        lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"
+        return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}"
+
+
+def weight_results(graph: fx.GraphModule) -> list[WeightResult]:
+    """What weight algorithms have made of the weights of a calibrated or converted graph, in their order."""
+    return list(graph.meta.get(RESULTS, ()))
+
+
+def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows: int) -> dict[str, float | None]:
+    """The errors of a WeightResult. weight, chosen: [out, in]; hessian: [groups, in, in], summed over `rows` inputs."""
+    squares = _squares(weight - chosen)
+    total, norm = _energy(weight, hessian), _squares(weight)
+    output, nearest = (_energy(weight - w, hessian) for w in (chosen, grid.rounded(weight)))
+    return {
+        "output_squared_error": output,
+        "mean_output_squared_error": output / (rows * len(weight)),
+        "relative_output_squared_error": output / total if total > 0 else None,
+        "weight_squared_error": squares,
+        "mean_weight_squared_error": squares / weight.numel(),
+        "relative_weight_squared_error": squares / norm if norm > 0 else None,
+        "nearest": nearest / total if total > 0 else None,
+    }
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    parts = zip(weight.chunk(len(hessian)), hessian, strict=True)
+    return sum(float(((w @ h).double() * w.double()).sum()) for w, h in parts)

@@ -1,0 +1,89 @@
+"""Which linears share a scale, and what it folds into: found in the graph, as other libraries write it down by name.
+
+The wanted pairs are those of the smoothing and AWQ tables of llm-compressor and AutoAWQ; where ours differ a comment
+says why.
+"""
+
+import pytest
+import torch
+import transformers as hf
+
+import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.algorithms.scaling import apply_everywhere, groups, weights
+from graphq.authoring import scaling_pairs
+
+INT8 = Scheme(weight=QuantSpec(format="int8", granularity="channel"))
+LINEARS = QuantConfig(name="linears", rules=(Rule(select="linear", scheme=INT8),))
+SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
+DECODER = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 4, "tie_word_embeddings": False, "use_cache": False}
+GROUPED = {**DECODER, "num_key_value_heads": 2}
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATED = {"post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"), "mlp.up_proj": ("mlp.down_proj",)}
+LLAMA = {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",), **GATED}
+# where query heads share a v, no channel of o is one channel of v: the tables of others leave o out by its shape
+LLAMA_GROUPED = {"input_layernorm": QKV, "": ("self_attn.o_proj",), **GATED}
+CASES = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), "model.layers.0.", LLAMA),
+    "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA_GROUPED),
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**DECODER), "model.layers.0.", LLAMA),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**DECODER, head_dim=16), "model.layers.0.", LLAMA),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", LLAMA),
+    "gpt2": (
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, use_cache=False),
+        "transformer.h.0.",
+        # q, k and v are one matrix, whose last third makes v: not a linear of its own; gelu keeps no scale
+        {"ln_1": ("attn.c_attn",), "": ("attn.c_proj",), "ln_2": ("mlp.c_fc",), " ": ("mlp.c_proj",)},
+    ),
+    "opt": (
+        hf.OPTForCausalLM,
+        hf.OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64, use_cache=False),
+        "model.decoder.layers.0.",
+        {
+            "self_attn_layer_norm": QKV,
+            "self_attn.v_proj": ("self_attn.out_proj",),
+            "final_layer_norm": ("fc1",),
+            "fc1": ("fc2",),  # a positive scale passes through relu
+        },
+    ),
+    "bert": (
+        hf.BertModel,
+        hf.BertConfig(**SMALL, intermediate_size=96),
+        "encoder.layer.0.",
+        # the norms feed the residual stream too: their scales are multiplications
+        {
+            "": tuple(f"attention.self.{n}" for n in ("query", "key", "value")),
+            "attention.self.value": ("attention.output.dense",),
+            " ": ("intermediate.dense",),
+            "  ": ("output.dense",),
+        },
+    ),
+}
+
+
+def prepared(name):
+    kind, settings, prefix, wanted = CASES[name]
+    torch.manual_seed(0)
+    settings._attn_implementation = "sdpa"
+    model, ids = kind(settings).eval(), torch.arange(16).reshape(2, 8) + 5
+    for norm in (m for m in model.modules() if "norm" in type(m).__name__.lower()):
+        norm.weight.data.uniform_(0.5, 2)
+    return model, ids, graphq.prepare(model, LINEARS, (ids,), target="simulation"), prefix, wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_are_those_that_others_keep_in_tables_and_keep_the_function(name):
+    model, ids, graph, prefix, wanted = prepared(name)
+    inside = [p for p in scaling_pairs(graph) if p.linears[0].startswith(prefix)]
+    found = [(p.into.removeprefix(prefix), tuple(n.removeprefix(prefix) for n in p.linears)) for p in inside]
+    assert sorted(found) == sorted((into.strip(), linears) for into, linears in wanted.items())
+    named = {g.name: g for g in groups(graph)}
+    random = torch.Generator().manual_seed(1)
+    scales = {n: torch.rand(weights(graph, g)[0].shape[1], generator=random) * 1.5 + 0.5 for n, g in named.items()}
+    with torch.no_grad():
+        want = model(ids)[0]
+        apply_everywhere([graph], [named], scales)
+        got = graph(ids)[0]
+    assert ((got - want).abs().max() / want.abs().max()).item() < 1e-5

@@ -173,7 +173,11 @@ def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> li
         return made_by(gm, node.all_input_nodes[0], [node])
     if family == "reshape":
         heads = _heads_side_by_side(gm, node)
-        return None if heads is None else made_by(gm, *heads)
+        if heads is not None:
+            return made_by(gm, *heads)
+        before = node.all_input_nodes[0]  # channels that stay last are the same channels
+        same = str(value_of(before).shape[-1]) == str(value_of(node).shape[-1])
+        return made_by(gm, before, [node]) if same else None
     return _rows_of_linear(gm, node) if family == "linear" else None
 
 

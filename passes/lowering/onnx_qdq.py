@@ -82,7 +82,7 @@ def _transposed(gm: fx.GraphModule, weight: fx.Node) -> fx.Node:
         assert tensor is not None
         turned = tensor.t().contiguous() if tensor.ndim == 2 else tensor
         reads.append(gm.graph.get_attr(set_parameter(gm, f"{read.target}_t", turned)))
-        reads[-1].meta = {"val": turned, "custom": dict(read.meta["custom"])}
+        reads[-1].meta = {**read.meta, "val": turned}
     new = gm.graph.call_function(DEQUANTIZE, (*reads, list(reversed(block)), form))
     new.meta = dict(weight.meta)
     new.meta["val"] = value_of(weight).t()

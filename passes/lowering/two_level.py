@@ -17,6 +17,8 @@ from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
 from graphq.numerics.scales import TWO_LEVEL, units
 
+from ..placement.to_qdq import OVERALL
+
 KIND, FORM = "e4m3", "fp8_e4m3"
 
 
@@ -26,7 +28,7 @@ def split_block_scales(gm: fx.GraphModule) -> None:
         if node.target is not DEQUANTIZE or not any(_two_level(user) for user in node.users):
             continue
         codes, scale, *rest = node.args
-        tensor, overall = parameter(gm, scale), _buffer(gm, scale, "overall")
+        tensor, overall = parameter(gm, scale), scale.meta.get(OVERALL)
         if tensor is None or overall is None or parameter(gm, codes) is None:
             continue
         unit = units(overall, parse_format(str(rest[-1]))[0], KIND)
@@ -36,13 +38,6 @@ def split_block_scales(gm: fx.GraphModule) -> None:
 def _two_level(node: fx.Node) -> bool:
     decision = decision_of(node)
     return decision is not None and decision.weight_spec is not None and decision.weight_spec.scale == KIND
-
-
-def _buffer(gm: fx.GraphModule, scale: fx.Node, leaf: str) -> Tensor | None:
-    """What stands beside a scale."""
-    owner = gm.get_submodule(str(scale.target).rpartition(".")[0])
-    value = getattr(owner, leaf, None)
-    return value if isinstance(value, Tensor) else None
 
 
 def _in_units(gm: fx.GraphModule, node: fx.Node, scale: fx.Node, tensor: Tensor, unit: Tensor) -> fx.Node:
@@ -56,5 +51,5 @@ def _in_units(gm: fx.GraphModule, node: fx.Node, scale: fx.Node, tensor: Tensor,
             read.meta = {"val": value, "custom": dict(scale.meta.get("custom", {}))}
             reads.append(read)
         both = gm.graph.call_function(DEQUANTIZE, (*reads, [], FORM))
-    both.meta = {"val": tensor, "custom": dict(node.meta.get("custom", {}))}
+    both.meta = {"val": tensor, "custom": dict(scale.meta.get("custom", {}))}
     return both

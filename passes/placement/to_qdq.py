@@ -23,6 +23,8 @@ from graphq.quantizer import TensorQuantizer
 
 from .edges import quantizer_at
 
+OVERALL = "graphq_overall"  # in the meta of a scale of two levels: the largest magnitude that it is a part of
+
 
 def to_qdq(gm: fx.GraphModule) -> None:
     """Replace all TensorQuantizers. Raises StateError for one that has not been calibrated."""
@@ -52,8 +54,6 @@ def hold(gm: fx.GraphModule, name: str, quantizer: TensorQuantizer) -> None:
         scale, zero_point = quantizer.qparams
         holder.register_buffer("scale", scale)
         holder.register_buffer("zero_point", zero_point)
-        if quantizer.spec.scale in TWO_LEVEL:
-            holder.register_buffer("overall", quantizer.overall)
 
 
 def _pair(
@@ -85,7 +85,10 @@ def _qparams(gm: fx.GraphModule, source: fx.Node, quantizer: TensorQuantizer, na
     """Scale and zero point: read, or computed from the tensor where the spec is dynamic."""
     spec = quantizer.spec
     if not spec.dynamic:
-        return _read(gm, f"{name}.scale", quantizer.scale), _read(gm, f"{name}.zero_point", quantizer.zero_point)
+        scale = _read(gm, f"{name}.scale", quantizer.scale)
+        if spec.scale in TWO_LEVEL:
+            scale.meta[OVERALL] = quantizer.overall
+        return scale, _read(gm, f"{name}.zero_point", quantizer.zero_point)
     overall = _read(gm, f"{name}.overall", quantizer.overall) if quantizer.overall is not None else None
     args = (source, list(quantizer.block), format_text(spec), kind_text(spec), overall)
     both = gm.graph.call_function(CHOOSE_QPARAMS, args)

@@ -24,12 +24,15 @@ GATED = {"post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"), "mlp.up_p
 LLAMA = {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",), **GATED}
 # where query heads share a v, no channel of o is one channel of v: the tables of others leave o out by its shape
 LLAMA_GROUPED = {"input_layernorm": QKV, "": ("self_attn.o_proj",), **GATED}
+# its norm multiplies by 1 + w, which is no parameter
+GEMMA = {"": QKV, "self_attn.v_proj": ("self_attn.o_proj",), " ": GATED["post_attention_layernorm"],
+         "mlp.up_proj": ("mlp.down_proj",)}  # fmt: skip
 CASES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), "model.layers.0.", LLAMA),
     "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA_GROUPED),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**DECODER), "model.layers.0.", LLAMA),
     "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**DECODER, head_dim=16), "model.layers.0.", LLAMA),
-    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", LLAMA),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", GEMMA),
     "gpt2": (
         hf.GPT2LMHeadModel,
         hf.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, use_cache=False),

@@ -14,7 +14,7 @@ RELATIVE = ("relative_output_squared_error", "relative_weight_squared_error")
 
 
 def calibrated(model, config, data):
-    prepared = graphq.prepare(model.eval(), config, (data[0],))
+    prepared = graphq.prepare(model.eval(), config, (data[0],), target="simulation")
     return graphq.calibrate(prepared, data, progress=False)
 
 

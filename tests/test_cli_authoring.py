@@ -111,7 +111,8 @@ def test_trace_writes_a_diff_for_every_pass_and_one_page_on_its_own(run, tmp_pat
     out = tmp_path / "trace"
     result = run("trace", "zoo:efficientnet_lite0", "--calibration", "data.npz", "--passes", "--out", out)
     assert "wrote" in result.stdout
-    diff = (out / "11-fold_batchnorm.diff").read_text()
+    [file] = out.glob("*-fold_batchnorm.diff")
+    diff = file.read_text()
     assert "- batch_norm = batch_norm(conv2d" in diff and "_conv_stem" in diff
     page = (out / "index.html").read_text()
     assert page.count("<section>") == len(list(out.glob("*.diff"))) == 15

@@ -3,6 +3,8 @@
 The numbers are those of the list of traps in docs/traps.md.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -84,17 +86,18 @@ def test_2_rounding_is_half_to_even_and_the_infinite_saturates():
 
 
 def test_3_kernels_requantize_with_one_float_multiplier(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1))
-    data = [torch.randn(16, 3, 40, 40) for _ in range(3)]
-    graph, path = quantized(model, data, tmp_path)
-    result = graphq.verify(graph, path, data)
-    assert result.share_equal == 1 and result.largest == 0
-    literal = graphq.get_target("openvino")  # its reference is the float simulation
-    graph.meta["graphq_target"] = graph.meta["graphq_target"].__class__(
-        **{**vars(graph.meta["graphq_target"]), "reference": literal.reference}
-    )
-    naive = graphq.verify(graph, path, data)
-    assert naive.share_equal < 1
+    naive = []
+    for seed in range(4):  # ties are rare
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1))
+        data = [torch.randn(16, 3, 40, 40) for _ in range(3)]
+        graph, path = quantized(model, data, tmp_path)
+        result = graphq.verify(graph, path, data)
+        assert result.share_equal == 1 and result.largest == 0
+        literal = graphq.get_target("openvino")  # its reference is the float simulation
+        graph.meta["graphq_target"] = replace(graph.meta["graphq_target"], reference=literal.reference)
+        naive.append(graphq.verify(graph, path, data).share_equal)
+    assert min(naive) < 1
 
 
 def test_4_a_missing_zero_point_keeps_a_move_from_running_on_codes():

@@ -28,6 +28,17 @@ def test_no_pair_can_leave_int16(out, k, seed, heavy):
     assert worst_pair(codes) <= 2**15 - 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(out=st.integers(1, 6), k=st.integers(1, 33), seed=st.integers(0, 99))
+def test_no_pair_can_leave_int16_as_far_as_its_inputs_reach(out, k, seed):
+    torch.manual_seed(seed)
+    rows, reach = torch.rand(out, k) + 0.9, torch.rand(out, k) * 0.75 + 0.25
+    values, scale = guard_rows(rows, rows.abs().amax(1) / 127, reach)
+    codes = torch.round(values / scale[:, None])
+    assert worst_pair(codes * reach) <= 2**15 - 1 + 1e-2
+    assert codes.abs().max() <= 127
+
+
 def test_safe_weights_are_only_rounded():
     rows = torch.randn(4, 16)
     rows[:, 1::2] = 0

@@ -97,7 +97,9 @@ def test_3_kernels_requantize_with_one_float_multiplier(tmp_path):
         literal = graphq.get_target("openvino")  # its reference is the float simulation
         graph.meta["graphq_target"] = replace(graph.meta["graphq_target"], reference=literal.reference)
         naive.append(graphq.verify(graph, path, data).share_equal)
-    assert min(naive) < 1
+        if naive[-1] < 1:
+            break
+    assert naive[-1] < 1
 
 
 def test_4_a_missing_zero_point_keeps_a_move_from_running_on_codes():

@@ -31,7 +31,6 @@ CASES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), "model.layers.0.", LLAMA),
     "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA_GROUPED),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**DECODER), "model.layers.0.", LLAMA),
-    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**DECODER, head_dim=16), "model.layers.0.", LLAMA),
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", GEMMA),
     "gpt2": (
         hf.GPT2LMHeadModel,

@@ -99,6 +99,7 @@ def _(x: Tensor) -> Tensor:
 here.register_autograd(lambda ctx, grad: grad)
 HERE = torch.ops.graphq.here.default
 AGAIN = "graphq_again"  # in the meta of a quantize that is meant to quantize what has been quantized
+OVERALL = "graphq_overall"  # in the meta of a scale of two levels: the largest magnitude of the tensor that it is for
 QUANTIZE = torch.ops.graphq.quantize.default
 DEQUANTIZE = torch.ops.graphq.dequantize.default
 CHOOSE_QPARAMS = torch.ops.graphq.choose_qparams.default

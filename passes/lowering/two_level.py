@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from graphq.graph.decision import decision_of
-from graphq.graph.ops import DEQUANTIZE, parse_format
+from graphq.graph.ops import DEQUANTIZE, OVERALL, parse_format
 from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
 from graphq.numerics.scales import TWO_LEVEL, units
-
-from ..placement.to_qdq import OVERALL
 
 KIND, FORM = "e4m3", "fp8_e4m3"
 
@@ -42,8 +40,8 @@ def _two_level(node: fx.Node) -> bool:
 
 def _in_units(gm: fx.GraphModule, node: fx.Node, scale: fx.Node, tensor: Tensor, unit: Tensor) -> fx.Node:
     """A dequantize node that gives the scales."""
-    none = torch.zeros((), dtype=torch.int32)
-    codes = quantize(tensor * unit, torch.ones(()), none, (), TWO_LEVEL[KIND][0])
+    none = torch.zeros_like(unit, dtype=torch.int32)
+    codes = quantize(tensor * unit, torch.ones_like(unit), none, (), TWO_LEVEL[KIND][0])
     reads = []
     with gm.graph.inserting_before(node):
         for leaf, value in (("codes", codes), ("unit", 1 / unit), ("zero_point", none)):

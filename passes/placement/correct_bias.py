@@ -16,14 +16,14 @@ from graphq.graph.decision import Decision, decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.observers.mean import ChannelMean
 
-from .edges import quantizer_at, quantizer_calls
+from .edges import channels_read, quantizer_at, quantizer_calls
 
 Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read and the axis of its channels
 
 
 def mean_watchers(gm: fx.GraphModule) -> Watchers:
     """A watcher for the input of every op whose bias can be corrected."""
-    keys = dict.fromkeys(_key(gm, n, d) for n, d in _correctable(gm))
+    keys = dict.fromkeys(channels_read(gm, n, d) for n, d in _correctable(gm))
     return {key: ChannelMean(key[1]) for key in keys}
 
 
@@ -32,7 +32,7 @@ def mean_products(gm: fx.GraphModule, watchers: Watchers, *, original: bool = Fa
     original: with the one that an algorithm found, where one has chosen its values."""
     products = {}
     for node, decision in _correctable(gm):
-        mean = watchers[_key(gm, node, decision)].mean
+        mean = watchers[channels_read(gm, node, decision)].mean
         _, call = quantizer_calls(decision)
         weight = parameter(gm, decision.weight)
         if mean is not None and call is not None and weight is not None:
@@ -68,14 +68,6 @@ def _correctable(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
             continue
         if LayerView(gm, node).family in ("conv", "linear"):
             yield node, decision
-
-
-def _key(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> tuple[fx.Node, int]:
-    """(the float tensor that the op reads, the axis of its channels)."""
-    calls, _ = quantizer_calls(decision)
-    source = calls[0].args[0]
-    assert isinstance(source, fx.Node)
-    return source, 1 if LayerView(gm, node).family == "conv" else -1
 
 
 def _product(view: LayerView, weight: Tensor, mean: Tensor) -> Tensor:

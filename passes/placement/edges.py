@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from graphq.graph.decision import Decision
+from graphq.graph.view import LayerView
 from graphq.quantizer import TensorQuantizer
 
 
@@ -20,3 +21,10 @@ def quantizer_at(gm: fx.GraphModule, call: fx.Node) -> TensorQuantizer:
     quantizer = gm.get_submodule(str(call.target))
     assert isinstance(quantizer, TensorQuantizer)
     return quantizer
+
+
+def channels_read(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> tuple[fx.Node, int]:
+    """(the float tensor that a convolution or linear reads, the axis of its channels)."""
+    source = quantizer_calls(decision)[0][0].args[0]
+    assert isinstance(source, fx.Node)
+    return source, 1 if LayerView(gm, node).family == "conv" else -1

@@ -23,7 +23,7 @@ from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.numerics.pairs import PAIR_LIMIT, along_k, from_k, heaviest_side, pairs_of
 from graphq.observers.maximum import ChannelMaximum
 
-from .edges import quantizer_at, quantizer_calls
+from .edges import channels_read, quantizer_at, quantizer_calls
 
 STEPS = 5
 MARGIN, LEAST = 1.25, 0.25
@@ -32,9 +32,7 @@ Maxima = dict[tuple[fx.Node, int], ChannelMaximum]  # by the tensor that is read
 
 def maxima_watchers(gm: fx.GraphModule) -> Maxima:
     """A watcher for the input of every op whose weight is guarded."""
-    return {
-        _input(gm, node, decision): ChannelMaximum(_input(gm, node, decision)[1]) for node, decision in _guarded(gm)
-    }
+    return {key: ChannelMaximum(key[1]) for key in (channels_read(gm, n, d) for n, d in _guarded(gm))}
 
 
 def guard_saturation(gm: fx.GraphModule, maxima: Maxima | None = None) -> dict[str, float]:
@@ -76,16 +74,9 @@ def _guarded(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
             yield node, decision  # type: ignore[misc]
 
 
-def _input(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> tuple[fx.Node, int]:
-    """(the float tensor that the op reads, the axis of its channels)."""
-    source = quantizer_calls(decision)[0][0].args[0]
-    assert isinstance(source, fx.Node)
-    return source, 1 if LayerView(gm, node).family == "conv" else -1
-
-
 def _reach(gm: fx.GraphModule, node: fx.Node, decision: Decision, shape: torch.Size, maxima: Maxima) -> Tensor | None:
     """How far the codes of the inputs go, as a share of 255 [out, K] for a weight of that shape."""
-    seen = maxima.get(_input(gm, node, decision))
+    seen = maxima.get(channels_read(gm, node, decision))
     if seen is None or seen.largest is None:
         return None
     scale, zero = quantizer_at(gm, quantizer_calls(decision)[0][0]).qparams

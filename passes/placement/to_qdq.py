@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from graphq.graph.fork import own_folder
 from graphq.graph.infer import infer
-from graphq.graph.ops import AGAIN, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, format_text, kind_text
+from graphq.graph.ops import AGAIN, CHOOSE_QPARAMS, DEQUANTIZE, OVERALL, QUANTIZE, format_text, kind_text
 from graphq.graph.passes import finish
 from graphq.graph.view import parameter, set_parameter
 from graphq.numerics.affine import quantize
@@ -22,8 +22,6 @@ from graphq.numerics.scales import TWO_LEVEL
 from graphq.quantizer import TensorQuantizer
 
 from .edges import quantizer_at
-
-OVERALL = "graphq_overall"  # in the meta of a scale of two levels: the largest magnitude that it is a part of
 
 
 def to_qdq(gm: fx.GraphModule) -> None:

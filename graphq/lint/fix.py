@@ -16,7 +16,8 @@ from graphq.errors import RuntimeMismatch
 from graphq.evaluate.latency import random_feed_of
 from graphq.evaluate.taps import session
 from graphq.lint.graph import Dequantized, Graph
-from graphq.lint.rules import Finding, lint, second_quantizations, several_quantized
+from graphq.lint.onnxruntime import second_quantizations, several_quantized
+from graphq.lint.rules import Finding, lint
 
 
 def fix(

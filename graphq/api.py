@@ -32,6 +32,7 @@ from graphq.passes.placement import (
     guard_saturation,
     insert_quantizers,
     open_attention,
+    open_lstm,
     quantize_bias,
     to_qdq,
 )
@@ -124,12 +125,13 @@ def prepare(
         canonical(gm)
         others = [fork(gm) for _ in targets[1:]]
         graphs = [gm, *others]
-        if len({open_attention(g, config, t) for g, t in zip(graphs, targets, strict=True)}) > 1:
-            raise TargetError(
-                "not all of these targets quantize attention in parts, and one calibration is for one graph",
-                where=", ".join(t.name for t in targets),
-                remedy="Prepare the model for each by itself, or leave attention float.",
-            )
+        for what, open_parts in (("attention", open_attention), ("LSTMs", open_lstm)):
+            if len({open_parts(g, config, t) for g, t in zip(graphs, targets, strict=True)}) > 1:
+                raise TargetError(
+                    f"not all of these targets quantize {what} in parts, and one calibration is for one graph",
+                    where=", ".join(t.name for t in targets),
+                    remedy=f"Prepare the model for each by itself, or leave {what} float.",
+                )
         graphs = [_place(g, config, t) for g, t in zip(graphs, targets, strict=True)]
     for g in graphs:
         g.meta["graphq_canonical"] = canonical

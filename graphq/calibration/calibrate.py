@@ -22,6 +22,7 @@ from graphq.passes.placement import (
     maxima_watchers,
     mean_products,
     mean_watchers,
+    round_states,
     shared_magnitudes,
 )
 from graphq.quantizer import TensorQuantizer, quantizers
@@ -144,6 +145,7 @@ class _Statistics:
     def fit(self) -> None:
         """Make weights and biases what the target's kernels take."""
         fit_bias(self.gm)
+        round_states(self.gm)
         if self.gm.meta["graphq_target"].saturates:
             guard_saturation(self.gm, self.maxima)
         if self.means:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,28 @@ class FoundInInductor:
         self.made: dict[str, str] = {}
         by_name = {n.name: n for n in gm.graph.nodes}
         for name, kernel in ends.items():
-            self._claim(by_name.get(name), kernel)
-
-    def _claim(self, node: fx.Node | None, kernel: str) -> None:
-        """The ops of a kernel: from the one that it ends with back to its convolution or linear."""
-        while node is not None:
-            self.made[node.name] = kernel
-            if family_of(node.target) in ("conv", "linear"):
-                return
-            node = next((n for n in node.all_input_nodes if n.op == "call_function"), None)
+            if name in by_name:
+                self.made |= dict.fromkeys(_back_to_layer(by_name[name], ends), kernel)
 
     def kernel(self, node: fx.Node, decision: Decision) -> str:
         if decision.action == "skip":
             return ""
         head = decision.head.name if decision.head is not None else node.name  # a pad in front runs on the codes
         return self.made.get(node.name) or self.made.get(head, "fused")
+
+
+def _back_to_layer(end: fx.Node, ends: Container[str]) -> list[str]:
+    """The ops of a kernel, from the one that it ends with back to its convolution or linear: the nearest one that is
+    not the end of another kernel, since a sum that is taken in has a second operand."""
+    paths, seen = [[end]], {end}
+    while paths:
+        for path in paths:
+            last = path[-1]
+            if family_of(last.target) in ("conv", "linear") and (last is end or last.name not in ends):
+                return [n.name for n in path]
+        reach, paths = [p for p in paths if p[-1] is end or p[-1].name not in ends], []
+        for path in reach:
+            new = [n for n in path[-1].all_input_nodes if n.op == "call_function" and n not in seen]
+            seen.update(new)
+            paths += [[*path, n] for n in new]
+    return [end.name]

@@ -71,7 +71,7 @@ def optimized_model(path: str | Path) -> onnx.ModelProto:
 class Taps:
     """Runs the model, optimized or as it is, and gives inner tensors, without changing which kernels run."""
 
-    def __init__(self, path: str | Path, wanted: Iterable[str], *, optimize: bool = True) -> None:
+    def __init__(self, path: str | Path, wanted: Iterable[str], *, optimize: bool = True, threads: int = 0) -> None:
         model = optimized_model(path) if optimize else load_model(path)
         made = {name: node for node in model.graph.node for name in node.output}
         # result of a product with float inputs and integer weights → that input: it is judged on the very values it got
@@ -87,7 +87,7 @@ class Taps:
             large = model.ByteSize() > 2**30
             onnx.save(model, tapped, save_as_external_data=large)
             self.model = onnx.load(tapped) if large else model  # external data is taken out of what is saved
-            self._session = session(tapped, optimize=False)
+            self._session = session(tapped, optimize=False, threads=threads)
         types = {o.name: o.type[7:-1] for o in self._session.get_outputs() if o.name in self.kernels}
         types = {name: t for name, t in types.items() if not t.startswith("float8")}  # NumPy does not know them
         self.names = [n for n in self.names if n in types]

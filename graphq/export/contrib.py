@@ -15,12 +15,14 @@ from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
+from graphq.graph.recurrent_ops import DYNAMIC_LSTM
 
 DOMAIN = "com.microsoft"
 ATTRIBUTES = {
     "MatMulNBits": ("K", "N", "bits", "block_size", "accuracy_level"),
     "GatherBlockQuantized": ("bits", "block_size", "gather_axis", "quantize_axis"),
     "DynamicQuantizeMatMul": (),
+    "DynamicQuantizeLSTM": ("direction", "hidden_size"),
     "QGemm": ("transB",),
     "MatMulIntegerToFloat": (),
     "QLinearAdd": (),
@@ -36,6 +38,7 @@ ATTRIBUTES = {
 TYPES = {  # of attributes that are no numbers
     **dict.fromkeys(("kernel_shape", "strides", "pads"), OpSchema.AttrType.INTS),
     "alpha": OpSchema.AttrType.FLOAT,
+    "direction": OpSchema.AttrType.STRING,
 }
 TWO_TENSORS = ("A", "A_scale", "A_zero_point", "B", "B_scale", "B_zero_point", "C_scale", "C_zero_point")
 ONE_TENSOR = ("X", "x_scale", "x_zero_point", "y_scale", "y_zero_point")
@@ -43,6 +46,20 @@ INPUTS = {
     "MatMulNBits": ("A", "B", "scales", "zero_points", "g_idx", "bias"),
     "GatherBlockQuantized": ("data", "indices", "scales", "zero_points"),
     "DynamicQuantizeMatMul": ("A", "B", "b_scale", "b_zero_point", "bias"),
+    "DynamicQuantizeLSTM": (
+        "X",
+        "W",
+        "R",
+        "B",
+        "sequence_lens",
+        "initial_h",
+        "initial_c",
+        "P",
+        "W_scale",
+        "W_zero_point",
+        "R_scale",
+        "R_zero_point",
+    ),
     "QGemm": ("A", "a_scale", "a_zero_point", "B", "b_scale", "b_zero_point", "C", "y_scale", "y_zero_point"),
     "MatMulIntegerToFloat": ("A", "B", "a_scale", "b_scale", "a_zero_point", "b_zero_point", "bias"),
     "QLinearAdd": TWO_TENSORS,
@@ -66,6 +83,7 @@ INPUTS = {
     "QLinearConcat": ("inputs",),  # the result's scale and zero point, then each tensor with its own
 }
 CODES = ("QGemm", *(name for name in INPUTS if name.startswith("QLinear")))  # may be results of these
+RESULTS = {"DynamicQuantizeLSTM": ("Y", "Y_h", "Y_c")}
 REQUIRED = 3  # of these inputs
 SOFTMAX_OPSET = 13  # whose Softmax is meant: over one axis
 
@@ -89,7 +107,7 @@ def _schema(name: str) -> OpSchema:
     return OpSchema(
         name, DOMAIN, 1,
         inputs=inputs,
-        outputs=[OpSchema.FormalParameter("Y", "TY")],
+        outputs=[OpSchema.FormalParameter(n, "TY") for n in RESULTS.get(name, ("Y",))],
         type_constraints=[*((f"T{i}", types, "") for i in range(len(inputs))), ("TY", results, "")],
         attributes=[
             OpSchema.Attribute(a, TYPES.get(a, OpSchema.AttrType.INT), "", required=True) for a in ATTRIBUTES[name]
@@ -121,6 +139,20 @@ def _gather_nbits(packed, ids, scale, zero_point, k, bits, block_size):  # type:
 def _dynamic_qgemm(x, w, w_scale, w_zero, bias, saturating=False):  # type: ignore[no-untyped-def]
     inputs = (x, w, w_scale, w_zero) if bias is None else (x, w, w_scale, w_zero, bias)
     return _contrib.DynamicQuantizeMatMul(*inputs)
+
+
+def _dynamic_lstm(  # type: ignore[no-untyped-def]
+    x, w, w_scale, w_zero, r, r_scale, r_zero, bias, h, c, reverse=False
+):
+    first: Any = op.Constant(value_ints=[0])  # the axis of directions
+    scales = [op.Unsqueeze(s, first) for s in (w_scale, w_zero, r_scale, r_zero)]
+    both = None if bias is None else op.Concat(bias, op.Sub(bias, bias), axis=0)
+    weights = [None if v is None else op.Unsqueeze(v, first) for v in (w, r, both)]
+    states = [op.Unsqueeze(s, first) for s in (h, c)]
+    how = {"direction": "reverse" if reverse else "forward", "hidden_size": r.shape[0]}
+    y, last_h, last_c = _contrib.DynamicQuantizeLSTM(x, *weights, None, *states, None, *scales, **how)
+    second: Any = op.Constant(value_ints=[1])
+    return op.Squeeze(y, second), op.Squeeze(last_h, first), op.Squeeze(last_c, first)
 
 
 def _qconv(  # type: ignore[no-untyped-def]
@@ -198,21 +230,21 @@ def _qavg_pool(x, xs, xz, ys, yz, format, kernel, stride, padding, count_include
 def type_results(model: ir.Model) -> None:
     """Write down, in place, the types that ONNX cannot infer: codes have that of the result's zero point."""
     for node in model.graph:
-        result = node.outputs[0]
-        if result.type is not None:
-            continue
-        source = node.inputs[0]
+        source = node.inputs[0] if node.inputs else None
         if node.domain == DOMAIN:
             whole = node.op_type in CODES and len(node.inputs) >= len(INPUTS[node.op_type])
             source = node.inputs[-1] if whole else None  # a zero point
         dtype = source.dtype if source is not None else ir.DataType.FLOAT
-        result.type = ir.TensorType(dtype or ir.DataType.FLOAT)
+        for result in node.outputs:
+            if result.type is None:
+                result.type = ir.TensorType(dtype or ir.DataType.FLOAT)
 
 
 TRANSLATIONS: dict[Any, Any] = {
     MATMUL_NBITS: _matmul_nbits,
     GATHER_NBITS: _gather_nbits,
     DYNAMIC_QGEMM: _dynamic_qgemm,
+    DYNAMIC_LSTM: _dynamic_lstm,
     QCONV: _qconv,
     QGEMM: _qgemm,
     QMATMUL: _qmatmul,

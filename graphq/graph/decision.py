@@ -22,6 +22,7 @@ class Decision:
     kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
     members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize.
     output: spec of the result, where the kernel needs one. original: the weight before an algorithm chose its values.
+    more_weights: of an op with several; they take the weight's spec too.
     """
 
     action: Action
@@ -35,6 +36,7 @@ class Decision:
     weight: fx.Node | None = None
     weight_spec: QuantSpec | None = None
     weight_axis: int = 0
+    more_weights: list[fx.Node] = field(default_factory=list)
     bias: fx.Node | None = None
     bias_form: str = "float"
     output: QuantSpec | None = None

@@ -41,6 +41,7 @@ def _on(decision: Decision, twin: dict[fx.Node, fx.Node]) -> Decision:
         members=[new(n) for n in decision.members],
         inputs={new(n): spec for n, spec in decision.inputs.items()},
         weight=new(decision.weight),
+        more_weights=[new(n) for n in decision.more_weights],
         bias=new(decision.bias),
     )
 

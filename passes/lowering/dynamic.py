@@ -1,17 +1,21 @@
-"""Lower linears whose inputs are quantized at run time to the kernel that finds the scale itself.
+"""Lower linears and LSTMs whose inputs are quantized at run time to the kernels that find the scale themselves.
 
 linear(dequantize(quantize(x, choose_qparams(x))), dequantize(codes [out, in]))    ⇒    dynamic_qgemm(x, codesᵀ, …)
+lstm(the like, the like, dequantize(codes of the state), …)                        ⇒    dynamic_lstm(x, …)
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.graph.decision import decision_of
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
 from graphq.graph.integer_ops import REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
+from graphq.graph.recurrent_ops import DYNAMIC_LSTM, TO_ONNX, reorder
 from graphq.graph.view import LayerView, parameter, set_parameter
 
 
@@ -19,36 +23,78 @@ def lower_dynamic(gm: fx.GraphModule) -> None:
     """Rewrite, in place, every op that was decided to run on such a kernel."""
     for node in list(gm.graph.nodes):
         decision = decision_of(node)
-        if decision is None or decision.kernel != "DynamicQuantizeMatMul" or decision.action != "quantize":
+        if decision is None or decision.kernel not in BUILDERS or decision.action != "quantize":
             continue
-        view = LayerView(gm, node)
-        x, weight, bias = (view.arg(k) for k in ("input", "weight", "bias"))
-        assert x.target is DEQUANTIZE and x.args[0].target is QUANTIZE and weight.target is DEQUANTIZE
-        reads = _transposed(gm, weight)
+        target, args = BUILDERS[decision.kernel](gm, node)
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(DYNAMIC_QGEMM, (x.args[0].args[0], *reads, bias))
+            new = gm.graph.call_function(target, args)
         new.meta = {**node.meta, REPLACES: node.name}
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
 
 
-def _transposed(gm: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
-    """Codes [in, out], scale and zero point, [] or [out], in front of the dequantize node of a weight."""
+def _float_of(x: fx.Node) -> Any:
+    """The tensor that is quantized and dequantized."""
+    assert x.target is DEQUANTIZE and isinstance(x.args[0], fx.Node) and x.args[0].target is QUANTIZE
+    return x.args[0].args[0]
+
+
+def _linear(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    x, weight, bias = (LayerView(gm, node).arg(k) for k in ("input", "weight", "bias"))
+    return DYNAMIC_QGEMM, (_float_of(x), *_transposed(gm, weight), bias)
+
+
+def _lstm(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    view, names = LayerView(gm, node), ("x", "weight", "recurrent", "bias", "h", "c", "reverse")
+    x, weight, recurrent, bias, *others = (view.arg(name) for name in names)
+    return DYNAMIC_LSTM, (_float_of(x), *_gates(gm, weight), *_gates(gm, recurrent), _reordered(gm, bias), *others)
+
+
+def _constant(gm: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(set_parameter(gm, name, tensor))
+    node.meta = {"val": tensor}
+    return node
+
+
+def _weight(gm: fx.GraphModule, weight: fx.Node) -> tuple[Tensor, Tensor, Tensor, str]:
+    """(codes [out, in], scale and zero point [] or [out], where they live) of a dequantized weight."""
+    assert weight.target is DEQUANTIZE
     codes, scale, zero = (parameter(gm, a) for a in weight.args[:3])  # type: ignore[arg-type]
     assert codes is not None and scale is not None and zero is not None
     storage: torch.dtype = parse_format(str(weight.args[4]))[0].storage
-    base = str(weight.args[0].target).rpartition(".")[0]  # type: ignore[union-attr]
     flat = scale.reshape(-1) if scale.ndim else scale
+    return codes, flat.float(), zero.reshape(flat.shape).to(storage), str(weight.args[0].target).rpartition(".")[0]  # type: ignore[union-attr]
+
+
+def _transposed(gm: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
+    """Codes [in, out], scale and zero point, [] or [out], in front of the dequantize node of a weight."""
+    codes, scale, zero, base = _weight(gm, weight)
+    values = {"transposed": codes.t().contiguous(), "column_scale": scale, "column_zero": zero}
+    return [_constant(gm, weight, f"{base}.{leaf}", tensor) for leaf, tensor in values.items()]
+
+
+def _gates(gm: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
+    """As _transposed, with the gates in ONNX's order, a scale for each column, and unsigned codes: pairs of products
+    of these do not saturate on x86, and cost nothing more."""
+    codes, scale, zero, base = _weight(gm, weight)
+    shift = 128 if codes.dtype == torch.int8 else 0
+    unsigned = [(v.to(torch.int32) + shift).to(torch.uint8) for v in (codes, zero)]
+    columns = [v.expand(len(codes)) for v in (scale, unsigned[1])]
     values = {
-        "transposed": codes.t().contiguous(),
-        "column_scale": flat.float(),
-        "column_zero": zero.reshape(flat.shape).to(storage),
+        "gates": reorder(unsigned[0], TO_ONNX).t().contiguous(),
+        "column_scale": reorder(columns[0], TO_ONNX),
+        "column_zero": reorder(columns[1], TO_ONNX),
     }
-    nodes = []
-    for leaf, tensor in values.items():
-        with gm.graph.inserting_before(weight):
-            node = gm.graph.get_attr(set_parameter(gm, f"{base}.{leaf}", tensor))
-        node.meta = {"val": tensor}
-        nodes.append(node)
-    return nodes
+    return [_constant(gm, weight, f"{base}.{leaf}", tensor) for leaf, tensor in values.items()]
+
+
+def _reordered(gm: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
+    values = parameter(gm, bias)
+    if bias is None or values is None:
+        return None
+    return _constant(gm, bias, f"{bias.target}_onnx", reorder(values.detach(), TO_ONNX))
+
+
+BUILDERS = {"DynamicQuantizeMatMul": _linear, "DynamicQuantizeLSTM": _lstm}

@@ -9,6 +9,7 @@ from .weighted import (
     Embedding,
     Linear,
     LinearActivation,
+    Lstm,
     PaddedConv,
     PaddedConvActivation,
 )
@@ -23,6 +24,7 @@ PATTERNS: list[type[QuantPattern]] = [
     ConvTranspose,
     Linear,
     Embedding,
+    Lstm,
     Matmul,
     Add,
     Mul,

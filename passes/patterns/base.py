@@ -16,6 +16,7 @@ class QuantPattern:
     activations: captures that carry activations (a list capture stands for all its members).
     cached: those of them that a cache keeps.
     weight, bias: captures of the parameters. weight_axis: the axis of the weight's output channels.
+    more_weights: captures of further weights, quantized as the weight is.
     """
 
     pattern: ClassVar[Callable[..., Expr]]
@@ -26,6 +27,7 @@ class QuantPattern:
     weight: ClassVar[str | None] = None
     bias: ClassVar[str | None] = None
     weight_axis: ClassVar[int] = 0
+    more_weights: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def check(m: Match) -> str | None:

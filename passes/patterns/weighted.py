@@ -1,6 +1,7 @@
 """Ops with a weight: convolution and linear, alone or with the activation that their kernels take in."""
 
 from graphq.graph.match import Match
+from graphq.graph.recurrent_ops import LSTM
 
 from .base import QuantPattern
 
@@ -134,3 +135,13 @@ class Embedding(QuantPattern):
     @staticmethod
     def pattern(op, weight, indices):
         return op.embedding(weight, indices)
+
+
+class Lstm(QuantPattern):
+    """x ─ Q ─ one direction of one layer of an LSTM that was taken apart."""
+
+    family, head, weight, more_weights = "lstm", "lstm", "weight", ("recurrent",)
+
+    @staticmethod
+    def pattern(op, x, weight, recurrent, bias, h, c):
+        return op.aten(LSTM, name="lstm")(x, weight, recurrent, bias, h, c)

@@ -292,6 +292,7 @@ def _take_packed(decision: Decision, group: Group, spec: QuantSpec, target: Targ
 def _take_weight(decision: Decision, group: Group, scheme: Scheme) -> None:
     if group.pattern.weight:
         decision.weight, decision.weight_spec = group.match.node(group.pattern.weight), scheme.weight
+        decision.more_weights = [group.match.node(name) for name in group.pattern.more_weights]
     if group.pattern.bias:
         decision.bias = group.match.node(group.pattern.bias)
 

@@ -46,8 +46,9 @@ class _Placer:
             for member in decision.members:
                 member.replace_input_with(source, quantized)
         if decision.weight is not None and decision.weight_spec is not None:
-            quantized = self.quantized(decision.weight, decision.weight_spec, decision.weight_axis, constant=True)
-            node.replace_input_with(decision.weight, quantized)
+            for weight in (decision.weight, *decision.more_weights):
+                quantized = self.quantized(weight, decision.weight_spec, decision.weight_axis, constant=True)
+                node.replace_input_with(weight, quantized)
         if decision.action == "carry":
             self._carry(node)
         elif decision.output is not None:

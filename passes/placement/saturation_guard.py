@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.graph.decision import Decision, decision_of
+from graphq.graph.recurrent_ops import LSTM
 from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.numerics.pairs import PAIR_LIMIT, along_k, from_k, heaviest_side, pairs_of
 from graphq.observers.maximum import ChannelMaximum
@@ -70,7 +71,7 @@ def _guarded(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
     for node in gm.graph.nodes:
         decision = decision_of(node)
         asked = decision is not None and decision.action == "quantize" and decision.weight is not None
-        if asked and not _is_depthwise(gm, node):
+        if asked and node.target is not LSTM and not _is_depthwise(gm, node):  # LSTM's weights are unsigned codes
             yield node, decision  # type: ignore[misc]
 
 

@@ -145,7 +145,10 @@ KERNELS = {
     "resize": [Kernel("Resize", "carry", when=nearest)],
 }
 
-DYNAMIC = {"linear": [Kernel("DynamicQuantizeMatMul", "compute", output="optional", bias="float")]}
+DYNAMIC = {
+    "linear": [Kernel("DynamicQuantizeMatMul", "compute", output="optional", bias="float")],
+    "lstm": [Kernel("DynamicQuantizeLSTM", "compute", output="optional", bias="float")],
+}
 
 FLOAT_REASONS = {
     "conv_transpose": "ONNX Runtime's CPU has no integer kernel for ConvTranspose",
@@ -159,6 +162,8 @@ FLOAT_REASONS = {
     "hardsigmoid": "ONNX Runtime's CPU has no integer kernel for HardSigmoid",
     "attention": "float unless a rule on 'attention' asks for integers and no flag makes it causal",
     "embedding": "no kernel reads its rows packed, and the table would be dequantized whole at every run",
+    "lstm": "its kernel finds scales at run time, as int8_dynamic asks, and takes neither projections nor dropout",
+    "gru": "ONNX Runtime's CPU has no integer kernel for GRU",
     "pad": "Pad has no integer kernel, and no convolution follows to take it in",
     "split": "Split runs on integers only with equal scales on all parts",
 }

@@ -10,17 +10,20 @@ from graphq.evaluate.inductor import load_program
 
 
 class Shared(nn.Module):
-    """Two layers read one quantized tensor: each must have a dequantize of its own."""
+    """Two layers read one quantized tensor: each must have a dequantize of its own. Kernels without bias take in the
+    sum that follows: the second operand is not theirs."""
 
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
         self.a, self.b = nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 8, 1)
         self.hidden, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.up, self.down = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
 
     def forward(self, x):
         x = torch.relu(self.stem(torch.nn.functional.pad(x, (0, 1, 0, 1))))
         y = (torch.nn.functional.relu6(self.a(x)) + self.b(x)).mean((2, 3))
+        y = y + self.down(torch.nn.functional.silu(self.up(y)))
         return self.head(torch.nn.functional.gelu(self.hidden(y)))
 
 
@@ -37,7 +40,7 @@ def test_every_convolution_and_linear_is_the_predicted_int8_kernel(program):
     quantized, path, _ = program
     explanation = graphq.explain(quantized, path)
     layers = [r for r in explanation.rows if r.op in ("conv2d", "linear")]
-    assert {r.node: r.found for r in layers} == {r.node: r.predicted for r in layers} and len(layers) == 5
+    assert {r.node: r.found for r in layers} == {r.node: r.predicted for r in layers} and len(layers) == 7
     assert not explanation.disagreements and not explanation.undecided
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as pybind11_state
 
 from graphq.errors import RuntimeMismatch
 
+REFUSALS = tuple(getattr(pybind11_state, n) for n in ("Fail", "InvalidGraph", "InvalidArgument", "NotImplemented"))
 PRODUCTS = ("MatMulNBits", "DynamicQuantizeMatMul")
 
 
@@ -55,7 +57,14 @@ def session(
     if data_file:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data_file)
     source = path if isinstance(path, bytes) else str(path)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except REFUSALS as e:
+        raise RuntimeMismatch(
+            f"ONNX Runtime does not run this model: {str(e).splitlines()[0][:200]}",
+            where="" if isinstance(path, bytes) else str(path),
+            remedy="Ops of other runtimes and types without a kernel run where they belong only.",
+        ) from e
 
 
 def optimized_model(path: str | Path) -> onnx.ModelProto:

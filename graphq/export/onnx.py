@@ -23,7 +23,7 @@ from onnxscript import opset18 as op
 from torch import fx
 
 from graphq.errors import ExportError
-from graphq.export import contrib, standard
+from graphq.export import contrib, standard, tensorrt
 from graphq.graph.capture import Example, example_of
 from graphq.graph.generated import generate
 from graphq.graph.onnx_ops import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE_POOL, QUANTIZE_LINEAR, SUM
@@ -75,10 +75,17 @@ def export_onnx(
     model = to_onnx(
         lowered,
         example_of(lowered),
-        {**TRANSLATIONS, **standard.TRANSLATIONS, **contrib.TRANSLATIONS, **(translations or {})},
+        {
+            **TRANSLATIONS,
+            **standard.TRANSLATIONS,
+            **contrib.TRANSLATIONS,
+            **tensorrt.TRANSLATIONS,
+            **(translations or {}),
+        },
     )
     if standard.DOMAIN in model.opset_imports:
         standard.write_standard(model, OPSET)
+    tensorrt.type_results(model)
     contrib.type_results(model)
     model.metadata_props.update(metadata)
     size = sum(i.const_value.nbytes for i in model.graph.initializers.values() if i.const_value is not None)

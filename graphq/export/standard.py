@@ -24,7 +24,8 @@ def _schema(name: str) -> OpSchema:
     """What onnxscript wants to know of an op before it writes one; no file has it in the end."""
     types = [f"tensor({t})" for t in ("float", "int8", "uint8", "int16", "uint16", "int32", "float16", "bfloat16",
                                       "float8e4m3fn", "float8e5m2")]  # fmt: skip
-    inputs = [OpSchema.FormalParameter(n, t) for n, t in (("x", "T"), ("scale", "S"), ("zero_point", "Z"))]
+    inputs = [OpSchema.FormalParameter("x", "T"), OpSchema.FormalParameter("scale", "S")]
+    inputs.append(OpSchema.FormalParameter("zero_point", "Z", param_option=OpSchema.FormalParameterOption.Optional))
     return OpSchema(
         name, DOMAIN, 1,
         inputs=inputs, outputs=[OpSchema.FormalParameter("y", "Y")],
@@ -56,6 +57,11 @@ def _quantize(x, scale, zero_point, block, format):  # type: ignore[no-untyped-d
 
 def _dequantize(codes, scale, zero_point, block, format):  # type: ignore[no-untyped-def]
     return _ops.Dequantize(codes, scale, zero_point, block=block or [0], format=format)
+
+
+def dequantize_without_zero_point(codes, scale, block, format):  # type: ignore[no-untyped-def]
+    """A DequantizeLinear of codes and scales that are both computed at run time."""
+    return _ops.Dequantize(codes, scale, block=block or [0], format=format)
 
 
 TRANSLATIONS = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
@@ -97,16 +103,16 @@ class _Writer:
         dtype, since = TYPES[name]
         axis, size = _axis(list(node.attributes["block"].as_ints()), where)
         self.opset = max(self.opset, since, BLOCKED_OPSET if size else 0, E8M0_OPSET if "e8m0" in flags else 0)
-        source, scale, zero = node.inputs
-        assert source is not None and scale is not None and zero is not None
+        source, scale, zero = (*node.inputs, None)[:3]
+        assert source is not None and scale is not None
         flat = not size
         computed = scale.producer() is not None and scale.producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
         kind = ml_dtypes.float8_e8m0fnu if "e8m0" in flags else np.float32
         new_scale = scale if computed else self._typed(scale, kind, flat)
-        new_zero = self._typed(zero, dtype, flat)
         if node.op_type == "Dequantize" and source.const_value is not None:
             source = self._typed(source, dtype, False)
-        for index, value in enumerate((source, new_scale, new_zero)):
+        operands = [source, new_scale] + ([] if zero is None else [self._typed(zero, dtype, flat)])
+        for index, value in enumerate(operands):
             node.replace_input_with(index, value)
         node.attributes.clear()
         node.domain, node.op_type = "", f"{node.op_type}Linear"
@@ -137,7 +143,7 @@ class _Writer:
             array = array.reshape(-1 if array.size > 1 else ()) if flat else array
             small = np.dtype(dtype).kind == "V" and np.dtype(dtype).itemsize == 1 and array.dtype == np.uint8
             patterns = small and not np.dtype(dtype).name.startswith(("int", "uint"))
-            typed = np.ascontiguousarray(array.view(dtype) if patterns else array.astype(dtype))
+            typed = np.ascontiguousarray(array.view(dtype) if patterns else array.astype(dtype)).reshape(array.shape)
             name = f"{value.name}_{np.dtype(dtype).name}"
             kind = ir.TensorType(ir.DataType.from_numpy(typed.dtype))
             new = ir.Value(name=name, shape=ir.Shape(typed.shape), type=kind)

@@ -257,7 +257,7 @@ def onnxruntime_target(
         reference=_with(lower_to_integer_reference, accuracy_level=accuracy_level, saturating=cpu == "avx2"),
         weight_only=WEIGHT_ONLY,
         dynamic=DYNAMIC,
-        dynamic_formats=frozenset({"uint8"}),
+        dynamic_specs=(QuantSpec(format="uint8", symmetric=False, dynamic=True),),
         options={"cpu": cpu, "accuracy_level": accuracy_level, "form": form, "guard": guard},
         executor="onnxruntime",
     )

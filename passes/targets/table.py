@@ -69,8 +69,7 @@ class Target:
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
     weight_only: family → rows, the first that fits counts; where none does, the weight is dequantized in the model.
-    dynamic, dynamic_formats: rows for inputs whose scale is found at run time, and formats of such inputs: affine, with
-        one scale for the tensor.
+    dynamic, dynamic_specs: rows for inputs whose scale is found at run time, and what such inputs may be.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     opens_attention: it has kernels for the products and the softmax of an attention, none for the whole.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
@@ -102,7 +101,7 @@ class Target:
     weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
     weight_only: Mapping[str, Sequence[PackedKernel]] = field(default_factory=dict)
     dynamic: Mapping[str, Sequence[Kernel]] = field(default_factory=dict)
-    dynamic_formats: frozenset[str] = frozenset()
+    dynamic_specs: Sequence[QuantSpec] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)

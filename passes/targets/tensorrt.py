@@ -90,6 +90,9 @@ def one_format(scheme: Scheme) -> str | None:
         return "zero points are 0 only"
     if len({s.format for s in specs}) > 1:
         return f"weights in {specs[1].format} beside inputs in {specs[0].format}"
+    blocks = {(s.group_size, s.scale) for s in specs}
+    if blocks != {(None, "float")} and (len(blocks) > 1 or len(specs) < 2):
+        return f"{' beside '.join(map(str, specs))}: weights and inputs are in blocks, both of the same, or neither is"
     return None
 
 
@@ -102,6 +105,9 @@ KERNELS = {
                inputs=residual_branch, within=main_branch),
     ],
 }  # fmt: skip
+
+DYNAMIC = {"linear": [Kernel("MatrixMultiply", "compute", output="optional", bias="float")]}
+BLOCKS = (QuantSpec(format="nvfp4", dynamic="local"), QuantSpec(format="mxfp8_e4m3", dynamic=True))
 
 FUSED = "TensorRT's builder fuses it with its neighbours; Q and DQ around it would hinder that"
 FLOAT_REASONS = {
@@ -116,7 +122,8 @@ FLOAT_REASONS = {
 
 @TARGETS.register("tensorrt")
 def tensorrt_target() -> Target:
-    """int8 or fp8 layers, int4 and NVFP4 weights in blocks; symmetric throughout."""
+    """int8 and fp8 layers, NVFP4 and MXFP8 ones whose inputs get their scales at run time, int4 and NVFP4 weights in
+    blocks; symmetric throughout."""
     return Target(
         name="tensorrt",
         cpu="any",
@@ -125,10 +132,13 @@ def tensorrt_target() -> Target:
         weight_only_notes={},
         activation_formats=frozenset({"int8", "fp8_e4m3"}),
         weight_formats=frozenset({"int8", "fp8_e4m3", "int4", "fp4_e2m1"}),
+        weight_granularities=frozenset({"tensor", "channel", "group"}),
         saturates=False,
         lowering=lower_to_explicit_qdq,
         reference=fork,
         weight_only={"linear": [PackedKernel("weight-only MatrixMultiply", int4_blocks)]},
+        dynamic=DYNAMIC,
+        dynamic_specs=BLOCKS,
         symmetric_only=True,
         refuses=one_format,
     )

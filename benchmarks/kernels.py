@@ -42,6 +42,7 @@ if saturates_here():
         *((f"{name}, unguarded", config, {**form, "cpu": "avx2", "guard": False}) for name, config, form in STATIC),
     ]
 DYNAMIC = ("dynamic", "int8_dynamic", QDQ)
+TOKEN = ("dynamic, per token", "int8_dynamic_token", QDQ)
 ATTENTION = (
     "qdq, attention",
     "int8_attention",
@@ -74,14 +75,14 @@ def smollm2(folder: Path):
     shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
     data = [torch.cat(weight_only.windows(folder, 2))[:, :64]]
     int4 = ("packed weights, int4", weight_only.CONFIG, QDQ)
-    return weight_only.Logits(model).eval(), data, shapes, [DYNAMIC, int4]
+    return weight_only.Logits(model).eval(), data, shapes, [DYNAMIC, TOKEN, int4]
 
 
 MODELS = {
     "effnet": lambda _: (zoo.efficientnet_lite0(), images(16), "batch", STATIC),
     "resnet50": lambda _: (resnet50(), images(8), "batch", STATIC),
-    "minilm": lambda _: (zoo.minilm(), text(16), "batch+sequence", [*STATIC, DYNAMIC, PACKED, ATTENTION]),
-    "vit": lambda _: (vit(), images(4), "batch", [*STATIC, DYNAMIC, ATTENTION]),
+    "minilm": lambda _: (zoo.minilm(), text(16), "batch+sequence", [*STATIC, DYNAMIC, TOKEN, PACKED, ATTENTION]),
+    "vit": lambda _: (vit(), images(4), "batch", [*STATIC, DYNAMIC, TOKEN, ATTENTION]),
     "smollm2": smollm2,
 }
 

@@ -44,6 +44,7 @@ KINDS = {
             "graphq int8": "int8",
             "graphq int8_smoothquant": "int8_smoothquant",
             "graphq int8_dynamic": "int8_dynamic",
+            "graphq int8_dynamic_token": "int8_dynamic_token",
         },
         ("ORT static u8s8", "ORT static u8u8", "ORT dynamic", "NNCF", "ModelOpt"),
     ),

@@ -10,6 +10,7 @@ from graphq.config.spec import QuantSpec
 WEIGHT_INT8 = QuantSpec(format="int8", symmetric=True, granularity="channel", narrow_range=True)
 ACTIVATION_UINT8 = QuantSpec(format="uint8", symmetric=False, granularity="tensor", observer="mse")
 
+ACTIVATION_TOKEN = QuantSpec(format="int8", granularity="token", dynamic=True)
 ACTIVATION_DYNAMIC = QuantSpec(format="uint8", symmetric=False, granularity="tensor", dynamic=True)
 
 SCHEMES: dict[str, Scheme] = {
@@ -17,6 +18,7 @@ SCHEMES: dict[str, Scheme] = {
     "int8": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_UINT8),
     "int8_weight_only": Scheme(weight=WEIGHT_INT8),
     "int8_dynamic": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_DYNAMIC),
+    "int8_dynamic_token": Scheme(weight=WEIGHT_INT8, input=ACTIVATION_TOKEN),
     "float": Scheme(),
 }
 
@@ -60,6 +62,9 @@ CONFIGS: dict[str, QuantConfig] = {
     ),
     "int8_dynamic": QuantConfig(
         name="int8_dynamic", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic"]), *FLOAT_ATTENTION)
+    ),
+    "int8_dynamic_token": QuantConfig(
+        name="int8_dynamic_token", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic_token"]), *FLOAT_ATTENTION)
     ),
     "int4": QuantConfig(name="int4", rules=INT4_LINEARS),
     "int4_awq": QuantConfig(name="int4_awq", rules=INT4_LINEARS, algorithms=("awq",)),  # type: ignore[arg-type]

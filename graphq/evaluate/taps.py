@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,27 @@ def optimized_model(path: str | Path) -> onnx.ModelProto:
         return onnx.load(saved)
 
 
+def token_products(model: onnx.ModelProto, made: Mapping[str, onnx.NodeProto]) -> dict[str, str]:
+    """The same for products with a scale per token: x / scale ─ Q ─ MatMulInteger ─ Cast ─ Mul ─ Mul."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = {}
+    for node in model.graph.node:
+        quantize = made.get(node.input[0]) if node.op_type == "MatMulInteger" else None
+        divide = made.get(quantize.input[0]) if quantize is not None else None
+        if divide is None or divide.op_type != "Div":
+            continue
+        result = node.output[0]
+        for expected in ("Cast", "Mul", "Mul"):
+            after = readers.get(result, [])
+            if len(after) == 1 and after[0].op_type == expected:
+                result = after[0].output[0]
+        found[result] = divide.input[0]
+    return found
+
+
 class Taps:
     """Runs the model, optimized or as it is, and gives inner tensors, without changing which kernels run."""
 
@@ -85,6 +106,7 @@ class Taps:
         made = {name: node for node in model.graph.node for name in node.output}
         # result of a product with float inputs and integer weights → that input: it is judged on the very values it got
         self.products = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type in PRODUCTS}
+        self.products |= token_products(model, made)
         around = dict.fromkeys(v for pair in self.products.items() for v in pair)
         self.names = [n for n in dict.fromkeys([*wanted, *around]) if n in made]
         self.kernels = {n: made[n].op_type for n in self.names}

@@ -33,7 +33,7 @@ from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import flat_inputs
-from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM, TOKEN_QGEMM
 from graphq.graph.integer_ops import name_in_file
 from graphq.graph.nbits_ops import MATMUL_NBITS
 from graphq.graph.ops import QUANTIZE
@@ -41,7 +41,7 @@ from graphq.graph.recurrent_ops import LSTM
 from graphq.graph.several import expect_one
 from graphq.numerics.affine import sqnr
 
-PRODUCTS = (MATMUL_NBITS, DYNAMIC_QGEMM)  # with float inputs and results
+PRODUCTS = (MATMUL_NBITS, DYNAMIC_QGEMM, TOKEN_QGEMM)  # with float inputs and results
 AGREES = 60.0  # dB; float32 ops in another order are above 90, a wrong op is below 40
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema, has, register_schema
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
-from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM, SMALLEST, TOKEN_QGEMM
 from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL
 from graphq.graph.nbits_ops import GATHER_NBITS, MATMUL_NBITS
@@ -141,6 +143,17 @@ def _dynamic_qgemm(x, w, w_scale, w_zero, bias, saturating=False):  # type: igno
     return _contrib.DynamicQuantizeMatMul(*inputs)
 
 
+def _token_qgemm(x, w, w_scale, w_zero, steps, saturating=False):  # type: ignore[no-untyped-def]
+    last: Any = op.Constant(value_ints=[-1])
+    largest = op.Max(op.ReduceMax(op.Abs(x), last, keepdims=1), op.Constant(value_float=SMALLEST))
+    scale = op.Div(largest, op.Constant(value_float=steps))
+    middle: Any = op.Constant(value=onnx.numpy_helper.from_array(np.array(128, np.uint8)))
+    one: Any = op.Constant(value_float=1.0)
+    codes = op.QuantizeLinear(op.Div(x, scale), one, middle)
+    total = op.Cast(op.MatMulInteger(codes, w, middle, w_zero), to=int(ir.DataType.FLOAT))
+    return op.Mul(op.Mul(total, scale), w_scale)
+
+
 def _dynamic_lstm(  # type: ignore[no-untyped-def]
     x, w, w_scale, w_zero, r, r_scale, r_zero, bias, h, c, reverse=False
 ):
@@ -244,6 +257,7 @@ TRANSLATIONS: dict[Any, Any] = {
     MATMUL_NBITS: _matmul_nbits,
     GATHER_NBITS: _gather_nbits,
     DYNAMIC_QGEMM: _dynamic_qgemm,
+    TOKEN_QGEMM: _token_qgemm,
     DYNAMIC_LSTM: _dynamic_lstm,
     QCONV: _qconv,
     QGEMM: _qgemm,

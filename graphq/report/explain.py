@@ -167,6 +167,8 @@ class _Found:
         made = next((self.made[n] for n in names if n in self.made), None)
         while made is not None and made.op_type == "Reshape" and decision.kernel == "QGemm":
             made = self.made.get(made.input[0])  # a Gemm of more than two dimensions stands between Reshapes
+        while made is not None and made.op_type in ("Mul", "Cast") and decision.kernel == "MatMulInteger":
+            made = self.made.get(made.input[0])  # the scales of tokens and channels come behind it
         if made is not None and made.op_type == "Squeeze" and decision.kernel == "DynamicQuantizeLSTM":
             made = self.made.get(made.input[0])  # its results have an axis of directions
         return made.op_type if made is not None else "fused"

@@ -1,7 +1,9 @@
 """Lower linears and LSTMs whose inputs are quantized at run time to the kernels that find the scale themselves.
 
-linear(dequantize(quantize(x, choose_qparams(x))), dequantize(codes [out, in]))    ⇒    dynamic_qgemm(x, codesᵀ, …)
-lstm(the like, the like, dequantize(codes of the state), …)                        ⇒    dynamic_lstm(x, …)
+linear(dequantize(quantize(x, choose_qparams(x))), dequantize(codes [out, in]))
+    ⇒   dynamic_qgemm(x, codesᵀ, …), or with a scale for every token token_qgemm(x, codesᵀ, …)
+lstm(the like, the like, dequantize(codes of the state), …)
+    ⇒   dynamic_lstm(x, …)
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from graphq.graph.decision import decision_of
-from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM, TOKEN_QGEMM
 from graphq.graph.integer_ops import REPLACES
 from graphq.graph.ops import DEQUANTIZE, QUANTIZE, parse_format
 from graphq.graph.recurrent_ops import DYNAMIC_LSTM, TO_ONNX, reorder
 from graphq.graph.view import LayerView, parameter, set_parameter
+
+from .names import NAME, product_name
 
 
 def lower_dynamic(gm: fx.GraphModule) -> None:
@@ -25,10 +29,14 @@ def lower_dynamic(gm: fx.GraphModule) -> None:
         decision = decision_of(node)
         if decision is None or decision.kernel not in BUILDERS or decision.action != "quantize":
             continue
-        target, args = BUILDERS[decision.kernel](gm, node)
+        target, args, bias = BUILDERS[decision.kernel](gm, node)
+        name = node.name if bias is None else product_name(node.name)
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(target, args)
+            new = product = gm.graph.call_function(target, args)
+            if bias is not None:
+                new = gm.graph.call_function(torch.ops.aten.add.Tensor, (product, bias))
         new.meta = {**node.meta, REPLACES: node.name}
+        product.meta = {**node.meta, REPLACES: name, "custom": {NAME: name}}
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
@@ -40,15 +48,26 @@ def _float_of(x: fx.Node) -> Any:
     return x.args[0].args[0]
 
 
-def _linear(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+Built = tuple[Any, tuple[Any, ...], fx.Node | None]  # the op, its arguments, a bias that is added behind it
+
+
+def _linear(gm: fx.GraphModule, node: fx.Node) -> Built:
     x, weight, bias = (LayerView(gm, node).arg(k) for k in ("input", "weight", "bias"))
-    return DYNAMIC_QGEMM, (_float_of(x), *_transposed(gm, weight), bias)
+    return DYNAMIC_QGEMM, (_float_of(x), *_transposed(gm, weight), bias), None
 
 
-def _lstm(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def _per_token(gm: fx.GraphModule, node: fx.Node) -> Built:
+    x, weight, bias = (LayerView(gm, node).arg(k) for k in ("input", "weight", "bias"))
+    kind = x.args[1].args[0].args[3]  # of the choose_qparams that finds the scale
+    steps = 127.5 if kind.endswith("full") else 127.0
+    return TOKEN_QGEMM, (_float_of(x), *_transposed(gm, weight), steps), bias
+
+
+def _lstm(gm: fx.GraphModule, node: fx.Node) -> Built:
     view, names = LayerView(gm, node), ("x", "weight", "recurrent", "bias", "h", "c", "reverse")
     x, weight, recurrent, bias, *others = (view.arg(name) for name in names)
-    return DYNAMIC_LSTM, (_float_of(x), *_gates(gm, weight), *_gates(gm, recurrent), _reordered(gm, bias), *others)
+    gates = (*_gates(gm, weight), *_gates(gm, recurrent), _reordered(gm, bias))
+    return DYNAMIC_LSTM, (_float_of(x), *gates, *others), None
 
 
 def _constant(gm: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
@@ -97,4 +116,4 @@ def _reordered(gm: fx.GraphModule, bias: fx.Node | None) -> fx.Node | None:
     return _constant(gm, bias, f"{bias.target}_onnx", reorder(values.detach(), TO_ONNX))
 
 
-BUILDERS = {"DynamicQuantizeMatMul": _linear, "DynamicQuantizeLSTM": _lstm}
+BUILDERS = {"DynamicQuantizeMatMul": _linear, "MatMulInteger": _per_token, "DynamicQuantizeLSTM": _lstm}

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from graphq.graph.decision import Decision, decision_of
-from graphq.graph.dynamic_ops import DYNAMIC_QGEMM
+from graphq.graph.dynamic_ops import DYNAMIC_QGEMM, TOKEN_QGEMM
 from graphq.graph.elementwise_ops import QAVG_POOL, QCAT, QLEAKY_RELU, QMUL, QSIGMOID, QSOFTMAX, QWHERE
 from graphq.graph.fork import fork
 from graphq.graph.integer_ops import QADD, QAVERAGE_POOL, QCONV, QGEMM, QMATMUL, REPLACES
@@ -170,7 +170,7 @@ def _avg_pool(gm: fx.GraphModule, node: fx.Node, decision: Decision, quantize: f
     _swap(gm, quantize, QAVG_POOL, args)
 
 
-SATURATING = (QCONV, QGEMM, DYNAMIC_QGEMM)
+SATURATING = (QCONV, QGEMM, DYNAMIC_QGEMM, TOKEN_QGEMM)
 FLOAT_RESULT = ("QGemm", "MatMulIntegerToFloat")  # kernels that can do without a Q behind them
 
 BUILDERS: dict[str, Any] = {

@@ -161,8 +161,7 @@ def _group(gm: fx.GraphModule, pattern: type[QuantPattern], match: Match, config
         bound = match.node(name)
         activations += bound if isinstance(bound, (list, tuple)) else [bound]
     scheme = target.fit(resolution.scheme or Scheme())
-    dynamic = scheme.input is not None and bool(scheme.input.dynamic)
-    kernel, reason = target.kernel_for(pattern.family, match, dynamic=dynamic)
+    kernel, reason = target.kernel_for(pattern.family, match, scheme.input)
     if kernel is not None:
         asked = resolution.scheme is not None
         reason = refuse(pattern, kernel, scheme, target, match) if asked else resolution.because

@@ -9,8 +9,6 @@ from graphq.graph.match import Match
 from ..patterns import QuantPattern
 from ..targets.table import Kernel, Target
 
-DYNAMIC_FORM = ("format", "symmetric", "granularity", "axis", "group_size", "scale", "dynamic", "rounding", "saturate")
-
 
 def refuse(pattern: type[QuantPattern], kernel: Kernel, scheme: Scheme, target: Target, match: Match) -> str:
     """Why a group with a kernel and a scheme stays float, or ''."""
@@ -88,22 +86,18 @@ def _check_static_groups(spec: QuantSpec, where: str) -> None:
         )
 
 
-def _same_form(spec: QuantSpec, other: QuantSpec) -> bool:
-    return all(getattr(spec, k) == getattr(other, k) for k in DYNAMIC_FORM)
-
-
 def check_activation(spec: QuantSpec, target: Target, where: str) -> None:
     """Raises TargetError for the spec of an activation that the target cannot express."""
     _check_static_groups(spec, where)
     if target.activation_formats is None:
         return
     if spec.dynamic:
-        if any(_same_form(spec, known) for known in target.dynamic_specs):
+        if target.dynamic_rows(spec) is not None:
             return
         raise TargetError(
             f"{target.name} has no kernels that find scales at run time for {spec}",
             where=where,
-            remedy=f"Use {' or '.join(map(str, target.dynamic_specs))}." if target.dynamic_specs else "dynamic: false.",
+            remedy=f"Use {' or '.join(map(str, target.dynamic))}." if target.dynamic else "dynamic: false.",
         )
     if spec.format not in target.activation_formats:
         known = ", ".join(sorted(target.activation_formats))

@@ -29,9 +29,7 @@ WHOLE = aten.lstm.input
 
 def open_lstm(gm: fx.GraphModule, config: QuantConfig, target: Target) -> int:
     """Rewrite, in place, every LSTM that is to be quantized. Returns how many."""
-    if "lstm" not in target.dynamic:
-        return 0
-    asked = [v for v in layers(gm) if v.node.target is WHOLE and is_plain_lstm(v) and _asked(v, config)]
+    asked = [v for v in layers(gm) if v.node.target is WHOLE and is_plain_lstm(v) and _asked(v, config, target)]
     for view in asked:
         _take_apart(view)
     if asked:
@@ -57,11 +55,11 @@ def is_plain_lstm(view: LayerView) -> bool:
     return known and whole and not (view.arg("train") and view.arg("dropout"))
 
 
-def _asked(view: LayerView, config: QuantConfig) -> bool:
+def _asked(view: LayerView, config: QuantConfig, target: Target) -> bool:
     scheme = config.resolve(view).scheme
-    if scheme is None or scheme.weight is None or scheme.input is None:
+    if scheme is None or scheme.weight is None:
         return False
-    return scheme.input.dynamic is True
+    return "lstm" in (target.dynamic_rows(scheme.input) or {})
 
 
 def _take_apart(view: LayerView) -> None:

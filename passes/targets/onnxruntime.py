@@ -146,8 +146,13 @@ KERNELS = {
 }
 
 DYNAMIC = {
-    "linear": [Kernel("DynamicQuantizeMatMul", "compute", output="optional", bias="float")],
-    "lstm": [Kernel("DynamicQuantizeLSTM", "compute", output="optional", bias="float")],
+    QuantSpec(format="uint8", symmetric=False, dynamic=True): {
+        "linear": [Kernel("DynamicQuantizeMatMul", "compute", output="optional", bias="float")],
+        "lstm": [Kernel("DynamicQuantizeLSTM", "compute", output="optional", bias="float")],
+    },
+    QuantSpec(format="int8", granularity="token", dynamic=True): {
+        "linear": [Kernel("MatMulInteger", "compute", output="optional", bias="float")],
+    },
 }
 
 FLOAT_REASONS = {
@@ -257,7 +262,6 @@ def onnxruntime_target(
         reference=_with(lower_to_integer_reference, accuracy_level=accuracy_level, saturating=cpu == "avx2"),
         weight_only=WEIGHT_ONLY,
         dynamic=DYNAMIC,
-        dynamic_specs=(QuantSpec(format="uint8", symmetric=False, dynamic=True),),
         options={"cpu": cpu, "accuracy_level": accuracy_level, "form": form, "guard": guard},
         executor="onnxruntime",
     )

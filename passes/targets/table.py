@@ -69,7 +69,7 @@ class Target:
     kernels: family of the op table → rows, the first that fits counts.
     float_reasons: family → why there is no integer kernel for it.
     weight_only: family → rows, the first that fits counts; where none does, the weight is dequantized in the model.
-    dynamic, dynamic_specs: rows for inputs whose scale is found at run time, and what such inputs may be.
+    dynamic: what inputs whose scales are found at run time may be → rows for them, by family.
     weight_only_notes: family → what the runtime makes of integer weights with float inputs.
     opens_attention: it has kernels for the products and the softmax of an attention, none for the whole.
     lowering: a converted graph → its form for export. reference: → the exact arithmetic of its kernels.
@@ -100,8 +100,7 @@ class Target:
     opens_attention: bool = False
     weight_granularities: frozenset[str] = frozenset({"tensor", "channel"})
     weight_only: Mapping[str, Sequence[PackedKernel]] = field(default_factory=dict)
-    dynamic: Mapping[str, Sequence[Kernel]] = field(default_factory=dict)
-    dynamic_specs: Sequence[QuantSpec] = ()
+    dynamic: Mapping[QuantSpec, Mapping[str, Sequence[Kernel]]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Sequence[type[Any]] = ()
     translations: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
@@ -118,12 +117,20 @@ class Target:
             return scheme
         return scheme.model_copy(update={k: symmetric_form(getattr(scheme, k)) for k in ("input", "output", "cache")})
 
-    def kernel_for(self, family: str, match: Match, *, dynamic: bool = False) -> tuple[Kernel | None, str]:
-        """The first row that fits this match, or the reason why none does. dynamic: scales are found at run time."""
+    def dynamic_rows(self, spec: QuantSpec | None) -> Mapping[str, Sequence[Kernel]] | None:
+        """The rows for inputs of that spec; None where it is static, or none of what this target knows."""
+        if spec is None or not spec.dynamic:
+            return None
+        return next((rows for known, rows in self.dynamic.items() if _same_form(spec, known)), None)
+
+    def kernel_for(self, family: str, match: Match, given: QuantSpec | None = None) -> tuple[Kernel | None, str]:
+        """The first row that fits this match, or the reason why none does. given: what the inputs become."""
         reason = self.float_reasons.get(family, f"{self.name} has no integer kernel for {family}")
         rows = self.kernels
-        if dynamic and self.dynamic:
-            rows, reason = self.dynamic, f"{self.name} has no kernel for {family} that finds scales at run time"
+        if given is not None and given.dynamic and self.dynamic:
+            known = self.dynamic_rows(given)  # others are refused, for the ops that have a kernel at all
+            rows = next(iter(self.dynamic.values())) if known is None else known
+            reason = f"{self.name} has no kernel for {family} that finds scales at run time"
         for row in rows.get(family, ()):
             refusal = row.when(match)
             if refusal is None:
@@ -140,6 +147,13 @@ class Target:
                 return row.name, ""
             reasons.append(refusal)
         return "", "; ".join(reasons)
+
+
+DYNAMIC_FORM = ("format", "symmetric", "granularity", "axis", "group_size", "scale", "dynamic", "rounding", "saturate")
+
+
+def _same_form(spec: QuantSpec, other: QuantSpec) -> bool:
+    return all(getattr(spec, k) == getattr(other, k) for k in DYNAMIC_FORM)
 
 
 def symmetric_form(spec: QuantSpec | None) -> QuantSpec | None:

@@ -106,8 +106,11 @@ KERNELS = {
     ],
 }  # fmt: skip
 
-DYNAMIC = {"linear": [Kernel("MatrixMultiply", "compute", output="optional", bias="float")]}
-BLOCKS = (QuantSpec(format="nvfp4", dynamic="local"), QuantSpec(format="mxfp8_e4m3", dynamic=True))
+BLOCKS = {"linear": [Kernel("MatrixMultiply", "compute", output="optional", bias="float")]}
+DYNAMIC = {
+    QuantSpec(format="nvfp4", dynamic="local"): BLOCKS,
+    QuantSpec(format="mxfp8_e4m3", dynamic=True): BLOCKS,
+}
 
 FUSED = "TensorRT's builder fuses it with its neighbours; Q and DQ around it would hinder that"
 FLOAT_REASONS = {
@@ -138,7 +141,6 @@ def tensorrt_target() -> Target:
         reference=fork,
         weight_only={"linear": [PackedKernel("weight-only MatrixMultiply", int4_blocks)]},
         dynamic=DYNAMIC,
-        dynamic_specs=BLOCKS,
         symmetric_only=True,
         refuses=one_format,
     )

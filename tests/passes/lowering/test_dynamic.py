@@ -13,7 +13,7 @@ from torch import nn
 import graphq
 import zoo
 from graphq.errors import TargetError
-from graphq.graph.dynamic_ops import dynamic_uint8
+from graphq.graph.dynamic_ops import dynamic_uint8, token_qgemm
 from graphq.lint import lint
 from graphq.passes.targets.onnxruntime import saturates_here
 
@@ -43,18 +43,44 @@ def test_scale_zero_point_and_codes_are_those_of_onnx_runtime(dynamic_quantize_l
     assert np.array_equal((ours + our_zero).numpy(), codes.astype(np.float32))
 
 
+KERNELS = {"int8_dynamic": "DynamicQuantizeMatMul", "int8_dynamic_token": "MatMulInteger", "W8A8": "MatMulInteger"}
+
+
+@pytest.mark.parametrize("preset", KERNELS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 5, 24)])
-def test_a_product_is_the_runtimes_bit_for_bit(bias, shape, tmp_path):
+def test_a_product_is_the_runtimes_bit_for_bit(bias, shape, preset, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 33, bias=bias), nn.ReLU(), nn.Linear(33, 7, bias=bias)).eval()
     data = [torch.randn(shape) * 3 for _ in range(4)]
-    quantized = graphq.quantize(model, "int8_dynamic", data, progress=False)
+    data[0][..., 0, :] = 0  # a token without a magnitude
+    config = preset if preset in graphq.presets.CONFIGS else graphq.QuantConfig(rules=(graphq.Rule(scheme=preset),))
+    quantized = graphq.quantize(model, config, data, progress=False)
     path = graphq.export(quantized, tmp_path / "m.onnx")
     result = graphq.verify(quantized, path, data)
     assert len(result.products) == 2 and all(p.noise == 0 for p in result.products)
     explanation = graphq.explain(quantized, path)
-    assert explanation.kernels()["DynamicQuantizeMatMul"] == 2 and not explanation.disagreements
+    assert explanation.kernels()[KERNELS[preset]] == 2 and not explanation.disagreements
+
+
+@pytest.mark.parametrize("steps", [127.0, 127.5])
+def test_a_scale_per_token_is_the_formula(steps):
+    generator = np.random.default_rng(0)
+    x, w = generator.normal(size=(3, 7, 24)).astype(np.float32), generator.integers(-127, 128, (24, 5), np.int8)
+    w_scale = generator.random(5, np.float32)
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(steps)
+    codes = np.clip(np.round(x / scale), -128, 127)
+    expected = (codes.astype(np.float64) @ w) * scale * w_scale
+    tensors = [torch.from_numpy(t) for t in (x, w, w_scale, np.zeros(5, np.int8))]
+    np.testing.assert_allclose(token_qgemm(*tensors, steps), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_does_not_feel_its_neighbours():
+    torch.manual_seed(0)
+    model, x = nn.Linear(24, 8).eval(), torch.randn(4, 24)
+    quantized = graphq.quantize(model, "int8_dynamic_token", [x], progress=False)
+    loud = torch.cat([x[:3], 100 * x[3:]])
+    assert torch.equal(quantized(x)[:3], quantized(loud)[:3])
 
 
 def test_minilm_runs_all_its_linears_on_the_dynamic_kernel(tmp_path):
@@ -80,7 +106,7 @@ def test_float_linears_beside_dynamic_ones_keep_their_names(ignore, tmp_path):
     assert graphq.verify(quantized, path, data).agrees and not graphq.explain(quantized, path).disagreements
 
 
-@pytest.mark.parametrize("config", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("config", ["int8", "int8_dynamic", "int8_dynamic_token"])
 @pytest.mark.parametrize("options", [{}, {"form": "qoperator"}, {"cpu": "avx2", "guard": False}])
 def test_vectors_without_a_batch(config, options, tmp_path):
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ graphq.verify(quantized, "model.onnx", batches)         # is what was simulated 
 """
 
 from graphq.algorithms.results import weight_results
+from graphq.algorithms.store import apply_stored, stored_weights
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize
 from graphq.config import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.config import presets as presets
@@ -16,6 +17,7 @@ from graphq.errors import GraphqError
 from graphq.evaluate.algorithms import compare_algorithms
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
+from graphq.graph.on_disk import from_disk
 from graphq.nn import register, unregister
 from graphq.passes.targets import get_target
 from graphq.qat import fold_weights, qat
@@ -31,6 +33,7 @@ __all__ = [
     "QuantSpec",
     "Rule",
     "Scheme",
+    "apply_stored",
     "apply_weights",
     "calibrate",
     "capture",
@@ -41,6 +44,7 @@ __all__ = [
     "explain",
     "export",
     "fold_weights",
+    "from_disk",
     "get_target",
     "load",
     "prepare",
@@ -50,6 +54,7 @@ __all__ = [
     "register",
     "report",
     "save",
+    "stored_weights",
     "unregister",
     "verify",
     "weight_results",

@@ -173,16 +173,18 @@ def _expect_float32(gm: fx.GraphModule) -> None:
             )
 
 
-def calibrate(prepared: Prepared, data: Any, *, progress: bool = True) -> Prepared:
+def calibrate(prepared: Prepared, data: Any, *, progress: bool = True, store: str | Path | None = None) -> Prepared:
     """Show data to the observers and fix all scales; afterwards the graph simulates the quantized model.
 
     prepared: a graph, or the graphs of several targets; the data run once.
     data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
+    store: a folder in which weights are kept that algorithms choose one after the other (gptq, rtn). A run that was
+        stopped goes on from there, and a model that is on disk (`from_disk`) needs memory for one weight at a time.
     """
     graphs = _each(prepared)
     for gm in graphs:
         _expect(gm, "prepared", "calibrate", "Call graphq.prepare first; calibration changes weights and biases.")
-    calibrate_graphs(graphs, data, progress=progress)
+    calibrate_graphs(graphs, data, progress=progress, store=store)
     for gm in graphs:
         gm.meta[STAGE] = "calibrated"
     return prepared

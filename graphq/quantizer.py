@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, StateError
+from graphq.graph.on_disk import values_of
 from graphq.numerics.affine import check_divides, fake_quantize, unmasked_range
 from graphq.numerics.scales import BLOCK_KINDS
 from graphq.numerics.ste import ceil_through, fake_quantize_through, relative, round_through
@@ -135,7 +136,7 @@ class TensorQuantizer(nn.Module):
         if self.state == "train":
             scale, zero_point = self.trained()
             return scale.detach(), zero_point.detach().to(torch.int32)
-        return self.scale, self.zero_point
+        return values_of(self.scale), values_of(self.zero_point)
 
     def trainable(self, learn: Learn, *, clip: bool) -> None:
         """From now on gradients flow. learn: what is trained of the scale: nothing, the scale (LSQ), also the zero

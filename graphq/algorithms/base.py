@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
 
 from graphq.errors import ConfigError, did_you_mean
 from graphq.graph.view import set_parameter
 from graphq.registry import Registry
+
+if TYPE_CHECKING:
+    from graphq.algorithms.store import WeightStore
 
 T = TypeVar("T")
 
@@ -31,7 +34,9 @@ class Stream(Protocol):
 
 
 class Run(Protocol):
-    """The calibration data, as often as an algorithm wants them."""
+    """The calibration data, as often as an algorithm wants them. store: where chosen weights are kept, if anywhere."""
+
+    store: WeightStore | None
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         """Show tensors to modules, given as (node of the first graph, module), in one run over the data."""

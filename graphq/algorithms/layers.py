@@ -13,7 +13,8 @@ from graphq.algorithms.grid import Grid
 from graphq.config.spec import QuantSpec
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.integer_ops import columns
-from graphq.graph.view import LayerView, parameter
+from graphq.graph.on_disk import on_disk, values_of
+from graphq.graph.view import LayerView, held, parameter
 from graphq.numerics.formats import SharedExponents
 from graphq.numerics.pairs import along_k, from_k
 from graphq.passes.placement import quantizer_at, quantizer_calls
@@ -61,20 +62,45 @@ class Layer:
         if self.view.family == "linear":
             return ()
         args = (self.view.arg(k) for k in ("stride", "padding", "dilation"))
-        return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.weight.shape[2:]))
+        return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.shape_of_weight[2:]))
+
+    @property
+    def shape_of_weight(self) -> torch.Size:
+        return self._held().shape
+
+    @property
+    def is_on_disk(self) -> bool:
+        return on_disk(self._held())
+
+    @property
+    def parameter_name(self) -> str:
+        """In the model, until a weight has been chosen."""
+        assert self.decision.weight is not None
+        return str(self.decision.weight.target)
 
     def settle(self, chosen: Tensor, grid: Grid, name: str, note: str) -> None:
         """Take this weight [out, K], which is on the grid; ranges are not observed any more."""
-        old, gm, read = self.weight, self.view.gm, self.decision.weight
+        shape = self.shape_of_weight
+        tensor = from_k(chosen, shape) if self.view.family == "conv" else chosen
+        self.settle_on(tensor.to(self._held().dtype), grid.scale, grid.zero, grid.overall, name, note)
+
+    def settle_on(
+        self, weight: Tensor, scale: Tensor, zero: Tensor, overall: Tensor | None, name: str, note: str
+    ) -> None:
+        """Take this weight in its own shape, with scale and zero point of it as a matrix; each may be on disk."""
+        read, rank = self.decision.weight, len(self.quantizer.block)
         assert read is not None
-        self.before = (read, self.decision.reason)
-        tensor = from_k(chosen, old.shape) if self.view.family == "conv" else chosen
-        self.decision.weight = replace_read(gm, read, self.call, tensor.to(old.dtype), name)
+        self.before, self.decision.original = (read, self.decision.reason), self._held()
+        self.decision.weight = replace_read(self.view.gm, read, self.call, weight, name)
         self.decision.reason += f"; {note}"
-        self.decision.original = old
-        rank = len(self.quantizer.block)
-        scale, zero = (t.reshape(*t.shape, *[1] * (rank - 2)) if rank > 2 else t for t in (grid.scale, grid.zero))
-        self.quantizer.settle_on(scale, zero, grid.overall)
+        if rank > 2:
+            scale, zero = (values_of(t).reshape(*t.shape, *[1] * (rank - 2)) for t in (scale, zero))
+        self.quantizer.settle_on(scale, zero, overall)
+
+    def _held(self) -> Tensor:
+        tensor = held(self.view.gm, self.decision.weight)
+        assert tensor is not None
+        return tensor
 
     def unsettle(self) -> None:
         """Take that back."""

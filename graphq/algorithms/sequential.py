@@ -25,9 +25,11 @@ from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import RESULTS, WeightResult, errors_of
+from graphq.algorithms.store import placeholders
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.decision import decision_of
+from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
 from graphq.passes.placement import shared_magnitudes
@@ -100,11 +102,14 @@ class _Walk:
         self.shared = shared_magnitudes(gm)
         self.rounded = run.stream(gm)
         self.exact = run.stream(gm, original=True) if qep else None
-        self.progress = run.progress
+        self.progress, self.store = run.progress, run.store
         self.results: list[WeightResult] = []
 
     def go(self) -> None:
-        for source, layers in self.progress(self.groups.items(), self.name):
+        for source, every in self.progress(self.groups.items(), self.name):
+            layers = [layer for layer in every if not self._chosen_before(layer)]
+            if not layers:
+                continue
             inputs = self.rounded.until(source)
             wanted = self.exact.until(source) if self.exact is not None else None
             for alike in alike_in_rows(layers):
@@ -134,8 +139,26 @@ class _Walk:
             parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
         shared = self.shared.get(layer.quantizer)
         chosen, grid, result = round_weight(layer, torch.cat(parts), moments, self.name, self.choose, shared)
+        if self.store is None:
+            self.results.append(result)
+            layer.settle(chosen, grid, self.name, result.words())
+            return
+        self.store.put(
+            layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, layer.shape_of_weight, layer.block,
+            layer.spec, result,
+        )  # fmt: skip
+        self._chosen_before(layer)
+
+    def _chosen_before(self, layer: Layer) -> bool:
+        """Is the weight in the store? Then the layer takes it from there."""
+        stored = self.store.get(layer.parameter_name) if self.store is not None else None
+        if stored is None:
+            return False
+        result = stored.result
         self.results.append(result)
-        layer.settle(chosen, grid, self.name, result.words())
+        weight, scale, zero = placeholders(stored) if layer.is_on_disk else (values_of(t) for t in placeholders(stored))
+        layer.settle_on(weight, scale, zero, None, self.name, result.words())
+        return True
 
 
 def round_weight(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 from graphq.algorithms import ALGORITHMS
+from graphq.algorithms.sequential import FUNCTIONS
+from graphq.algorithms.store import WeightStore
+from graphq.calibration.batches import batches_of
 from graphq.calibration.runner import progress_of, run_calibration
 from graphq.calibration.stream import Stream
 from graphq.calibration.watch import watching
-from graphq.errors import StateError
+from graphq.errors import ConfigError, StateError
 from graphq.graph.view import parameter
 from graphq.passes.placement import (
     correct_bias,
@@ -31,12 +37,14 @@ T = TypeVar("T")
 DONE = "graphq_algorithms_done"  # in a graph's meta: names of the algorithms that have run
 
 
-def calibrate_graphs(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
+def calibrate_graphs(
+    graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool, store: str | Path | None = None
+) -> None:
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
     compute the float model, and a tensor has the same name in each; graphs in which an algorithm has rounded weights do
     not, and are observed one by one."""
     data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
-    _run_algorithms(graphs, data, progress=progress)
+    _run_algorithms(graphs, data, progress, None if store is None else store_for(graphs, data, store))
     apart = any(q.settled for gm in graphs for q in quantizers(gm).values())
     for together in [[gm] for gm in graphs] if apart else [graphs]:
         _observe(together, data, progress=progress)
@@ -71,10 +79,35 @@ def _again(data: Any) -> Any:
     return list(data) if hasattr(data, "__next__") else data
 
 
-def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> None:
+def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -> WeightStore:
+    """The folder for what these algorithms choose for this model on these data.
+
+    Raises ConfigError for algorithms that do not choose one weight after the other, StateError for several targets or a
+    folder of another run.
+    """
+    config = graphs[0].meta["graphq_config"]
+    names = [a.name for a in config.algorithms]
+    if not names or not set(names) <= FUNCTIONS.keys():
+        raise ConfigError(
+            "a store is for weights that are chosen one after the other",
+            where=" and ".join(names) or "no algorithm",
+            remedy=f"algorithms: one of {', '.join(FUNCTIONS)}.",
+        )
+    if len(graphs) > 1:
+        raise StateError("a store is for one target", where=str(folder), remedy="Calibrate the graphs one by one.")
+    seen = hashlib.sha256()
+    for value in torch.utils._pytree.tree_leaves(list(batches_of(data))):
+        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    ops = [f"{n.op} {n.target} {n.name}" for n in graphs[0].graph.nodes]
+    return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": ops, "data": seen.hexdigest()})
+
+
+def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, progress: bool, store: WeightStore | None) -> None:
     """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
 
-    run = _Run(graphs[0], data, progress)
+    run = _Run(graphs[0], data, progress, store)
     done = [gm.meta.setdefault(DONE, []) for gm in graphs]  # not empty where a calibration has failed after them
     if any(names != done[0] for names in done):
         raise StateError("algorithms have run on some of these graphs", remedy="Prepare them again, together.")
@@ -87,8 +120,8 @@ def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bo
 class _Run:
     """The calibration data for an algorithm: see `graphq.algorithms.base.Run`."""
 
-    def __init__(self, first: fx.GraphModule, data: Any, show: bool) -> None:
-        self.first, self.data, self.show = first, data, show
+    def __init__(self, first: fx.GraphModule, data: Any, show: bool, store: WeightStore | None) -> None:
+        self.first, self.data, self.show, self.store = first, data, show, store
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         with watching(self.first, watchers):
@@ -130,7 +163,7 @@ class _Statistics:
         self.wanted = mean_products(self.gm, self.means, original=True) if self.means else {}
         give_importance(self.gm, self.importance)
         for node, quantizer in self._calls():
-            if quantizer.constant:
+            if quantizer.constant and not quantizer.settled:
                 tensor = parameter(self.gm, node.all_input_nodes[0])
                 assert tensor is not None
                 quantizer.update(tensor)

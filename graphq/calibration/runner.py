@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch, images_together
-from graphq.errors import CalibrationError
+from graphq.errors import CalibrationError, StateError
+from graphq.graph.on_disk import on_disk
 
 T = TypeVar("T")
 TOGETHER = 4  # samples; more cost memory and gain nothing
@@ -36,6 +37,11 @@ def run_calibration(
         for number, batch in enumerate(batches, start=1):
             check_batch(gm, *batch, number=number)
         return 0
+    if any(on_disk(t) for t in itertools.chain(gm.parameters(), gm.buffers())):
+        raise StateError(
+            "activations are observed while the whole model runs, and its weights are on disk",
+            remedy="Quantize weights alone, or find the scales of inputs at run time (dynamic: true).",
+        )
     total = len(data) if hasattr(data, "__len__") else None
     device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
     count = 0

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch
 from graphq.errors import CalibrationError
 from graphq.graph.capture import example_of, flat_inputs
-from graphq.graph.view import parameter
+from graphq.graph.on_disk import values_of
+from graphq.graph.view import held
 
 MASK = "attention_mask"  # an input of that name says which tokens count
 
@@ -30,11 +31,14 @@ class Stream:
             raise CalibrationError("this algorithm goes through the data op by op, and they are a function",
                                    remedy="Give an iterable of batches.")  # fmt: skip
         self.gm, self.at = gm, 0
+        self.constants: dict[
+            fx.Node, Tensor
+        ] = {}  # of the ops that run now: those on disk are read once for all samples
         self.originals: dict[fx.Node, Tensor] = {}
         self.order = [n for n in gm.graph.nodes if not self._constant(n)]
         self.place = {n: i for i, n in enumerate(self.order)}
         if original:
-            self.originals = {n: self._read(n) for n in gm.graph.nodes if self._constant(n)}
+            self.originals = {n: self._held(n) for n in gm.graph.nodes if self._constant(n)}
         self.last = {n: max((self.place[u] for u in n.users if u in self.place), default=-1) for n in self.order}
         device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
         self.values: list[dict[fx.Node, Any]] = []
@@ -56,6 +60,7 @@ class Stream:
             for n in self.order[self.at : stop]:
                 self._step(n, values)
         self.at = max(self.at, stop)
+        self.constants.clear()
         return [values[node] for values in self.values]
 
     def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
@@ -72,14 +77,18 @@ class Stream:
     def _constant(self, node: fx.Node) -> bool:
         """A parameter, or a quantizer's call on one: nothing that calibration runs through."""
         return node.op == "get_attr" or (
-            node.op == "call_module" and parameter(self.gm, node.all_input_nodes[0]) is not None
+            node.op == "call_module" and held(self.gm, node.all_input_nodes[0]) is not None
         )
 
     def _read(self, node: fx.Node) -> Tensor:
-        if node in self.originals:
-            return self.originals[node]
+        if node not in self.constants:
+            tensor = self.originals[node] if node in self.originals else self._held(node)
+            self.constants[node] = values_of(tensor)
+        return self.constants[node]
+
+    def _held(self, node: fx.Node) -> Tensor:
         source = node if node.op == "get_attr" else node.args[0]
         assert isinstance(source, fx.Node)
-        tensor = parameter(self.gm, source)
+        tensor = held(self.gm, source)
         assert tensor is not None
         return tensor

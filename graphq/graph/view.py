@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphq.errors import PassError
+from graphq.graph.on_disk import on_disk, values_of
 from graphq.graph.optable import family_of
 
 _CALL_NUMBER = re.compile(r"@\d+$")
@@ -73,7 +74,13 @@ def is_float(node: fx.Node) -> bool:
 
 
 def parameter(gm: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
-    """The tensor behind a get_attr node; None for any other node."""
+    """The tensor behind a get_attr node, read from disk where it is there; None for any other node."""
+    tensor = held(gm, node)
+    return None if tensor is None else values_of(tensor)
+
+
+def held(gm: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
+    """The same as the graph holds it: a placeholder for a tensor on disk."""
     if node is None or node.op != "get_attr":
         return None
     value: Any = gm
@@ -172,7 +179,7 @@ def set_parameter(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
     while hasattr(owner, unique):
         number += 1
         unique = f"{leaf}_{number}"
-    owner.register_buffer(unique, tensor.detach())
+    owner.register_buffer(unique, tensor if on_disk(tensor) else tensor.detach())
     made = f"{owner_path}.{unique}" if owner_path else unique
     gm.meta.setdefault(MADE, set()).add(made)
     return made

@@ -1,0 +1,186 @@
+"""Weights that algorithms have chosen, in a folder: what lets a run be resumed, and keeps weights out of memory.
+
+One safetensors file for each weight, named after its parameter, with codes, scales, zero points and, in its metadata, a
+WeightResult. A file is there whole or not at all; about.json says which run the folder belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graphq.algorithms.results import WeightResult
+from graphq.config.spec import QuantSpec
+from graphq.errors import LoadError, StateError, did_you_mean
+from graphq.graph.on_disk import placeholder
+from graphq.numerics.affine import dequantize
+from graphq.numerics.pairs import from_k
+
+ABOUT, SUFFIX = "about.json", ".weight.safetensors"
+
+
+@dataclass(frozen=True)
+class ChosenWeight:
+    """One weight in a store. parameter: its name in the model. spec: of its codes."""
+
+    path: Path
+
+    def read(self) -> Tensor:
+        """The weight [out, in, …], float32."""
+        part = self._parts()
+        spec, shape = self.spec, json.loads(self.about["shape"])
+        matrix = dequantize(part["codes"], part["scale"], part["zero_point"], self.block, spec.number_format)
+        return from_k(matrix, torch.Size(shape)) if len(shape) > 2 else matrix
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the file says of itself. Raises LoadError for a damaged one."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return dict(file.metadata())
+        except (OSError, SafetensorError, TypeError) as e:
+            raise LoadError(f"this weight cannot be read: {e}", where=str(self.path), remedy="Delete the file.") from e
+
+    @property
+    def parameter(self) -> str:
+        return self.about["parameter"]
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(**json.loads(self.about["spec"]))
+
+    @property
+    def result(self) -> WeightResult:
+        return WeightResult(**json.loads(self.about["result"]))
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return tuple(json.loads(self.about["block"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """codes [out, K], scale and zero_point one for each block of `spec`."""
+        return self._parts()
+
+    def _parts(self) -> dict[str, Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        part["zero_point"] = part["zero_point"].to(torch.int32).expand_as(part["scale"])
+        return part
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Scale, or zero point, of a stored weight."""
+
+    weight: ChosenWeight
+    key: str
+
+    def read(self) -> Tensor:
+        return self.weight.tensors()[self.key]
+
+
+class WeightStore:
+    """See above. run: what tells one run from another. Raises StateError for a folder of another run."""
+
+    def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        text = json.dumps(run, sort_keys=True)
+        about = {"graphq_weights": 1, "run": hashlib.sha256(text.encode()).hexdigest(), "config": run["config"]}
+        if self.folder.exists() and any(self.folder.iterdir()):
+            found = _read_about(self.folder)
+            if found.get("run") != about["run"]:
+                raise StateError(
+                    "this folder holds the weights of another run: of another config, model or data",
+                    where=str(self.folder),
+                    remedy="Name a new folder, or delete this one.",
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / ABOUT, json.dumps(about, indent=1).encode())
+
+    def get(self, parameter: str) -> ChosenWeight | None:
+        """The weight, if an earlier run has chosen it."""
+        path = self.folder / f"{parameter}{SUFFIX}"
+        return ChosenWeight(path) if path.is_file() else None
+
+    def put(
+        self, parameter: str, codes: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size, block: tuple[int, ...],
+        spec: QuantSpec, result: WeightResult,
+    ) -> ChosenWeight:  # fmt: skip
+        """Keep a weight: codes [out, K], of a weight of that shape."""
+        same = bool((zero == zero.reshape(-1)[0]).all())
+        zero = zero.reshape(-1)[:1].reshape([1] * zero.ndim) if same else zero
+        tensors = {"codes": codes, "scale": scale, "zero_point": zero.to(torch.int32)}
+        about = {
+            "parameter": parameter,
+            "shape": json.dumps(list(shape)),
+            "block": json.dumps(list(block)),
+            "spec": spec.model_dump_json(),
+            "result": json.dumps(result.to_dict()),
+        }
+        path = self.folder / f"{parameter}{SUFFIX}"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata=about)
+        os.replace(part, path)
+        return ChosenWeight(path)
+
+
+def placeholders(chosen: ChosenWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """(the weight, its scale, its zero point), all on disk."""
+    part = chosen.tensors()
+    scale, zero = (placeholder(part[key].shape, _Part(chosen, key), part[key].dtype) for key in ("scale", "zero_point"))
+    return placeholder(json.loads(chosen.about["shape"]), chosen), scale, zero
+
+
+def stored_weights(folder: str | Path) -> Iterator[ChosenWeight]:
+    """The weights that a run with `store` has left in a folder. Raises LoadError where it has none."""
+    folder = Path(folder)
+    _read_about(folder)
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        yield ChosenWeight(path)
+
+
+@torch.no_grad()
+def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
+    """Put the weights of a store into a model, in place, dequantized; returns the model.
+
+    Nothing is changed where one of them has no place there: LoadError.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = list(stored_weights(folder))
+    for weight in weights:
+        known = parameters.get(weight.parameter)
+        if known is None or list(known.shape) != json.loads(weight.about["shape"]):
+            what = "no such parameter" if known is None else "another shape of this parameter"
+            raise LoadError(
+                f"the model has {what}", where=weight.parameter, remedy=did_you_mean(weight.parameter, parameters)
+            )
+    for weight in weights:
+        parameters[weight.parameter].copy_(weight.read())
+    return model
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError) as e:
+        raise LoadError(
+            "this folder holds no weights of a run", where=str(folder), remedy="Give the store of graphq.calibrate."
+        ) from e
+    return about
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, path)

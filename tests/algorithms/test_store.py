@@ -1,0 +1,170 @@
+"""Weights on disk: models larger than memory, runs that go on where they were stopped, and weights read back."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.errors import ConfigError, LoadError, StateError
+from graphq.graph.on_disk import from_disk, on_disk, values_of
+
+transformers = pytest.importorskip("transformers")
+CONFIG = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "attn_implementation": "sdpa", "use_cache": False, "tie_word_embeddings": True,
+}  # fmt: skip
+WEIGHT = QuantSpec(format="int4", granularity="group", group_size=16, observer="mse_grid")
+DATA = [torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def build():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    model = build().to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data *= 5
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def in_memory(folder):
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return Logits(model.eval())
+
+
+def config(weight=WEIGHT, algorithms=({"name": "gptq", "args": {"qep": 0.5}},)):
+    rules = (Rule(select="linear", scheme=Scheme(weight=weight)), Rule(select="*lm_head", reason="the head"))
+    return QuantConfig(rules=rules, algorithms=algorithms)
+
+
+def prepared(model, settings=None):
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    return graphq.prepare(model, settings or config(), (DATA[0],), target="simulation", dynamic_shapes=(free,))
+
+
+def files(folder):
+    return {p.name: load_file(p) for p in folder.glob("*.safetensors")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k][t], b[k][t]) for k in a for t in a[k])
+
+
+def test_parameters_are_read_where_they_are_used_and_stay_shared(checkpoint):
+    model, loaded = from_disk(build, checkpoint), in_memory(checkpoint).model
+    parameters = dict(model.named_parameters())
+    assert parameters and all(on_disk(p) and p.untyped_storage().nbytes() == 4 for p in parameters.values())
+    assert all(torch.equal(values_of(p), loaded.get_parameter(n)) for n, p in parameters.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_on_disk_gets_the_weights_that_it_gets_in_memory(checkpoint, tmp_path):
+    graph = graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False)
+    kept = graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=tmp_path / "kept")
+    with torch.no_grad():
+        assert torch.equal(kept(DATA[0]), graph(DATA[0]))
+    lazy = prepared(Logits(from_disk(build, checkpoint)))
+    graphq.calibrate(lazy, DATA, progress=False, store=tmp_path / "lazy")
+    assert same(files(tmp_path / "kept"), files(tmp_path / "lazy")) and len(files(tmp_path / "lazy")) == 14
+    a, b = (graphq.weight_results(g) for g in (graph, lazy))
+    assert [r.output_squared_error for r in a] == [r.output_squared_error for r in b]
+    assert lazy(DATA[0]).isnan().all()  # whoever runs it as if it were in memory sees that
+    with torch.no_grad():
+        assert torch.equal(graphq.apply_stored(tmp_path / "lazy", in_memory(checkpoint))(DATA[0]), graph(DATA[0]))
+
+
+SCRIPT = """
+import sys, torch, graphq
+sys.path.insert(0, {here!r})
+import test_store as t
+graphq.calibrate(t.prepared(t.Logits(t.from_disk(t.build, {checkpoint!r}))), t.DATA, progress=False, store={store!r})
+"""
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(checkpoint, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=whole)
+    here = str(__file__).rpartition("/")[0]
+    script = SCRIPT.format(here=here, checkpoint=str(checkpoint), store=str(killed))
+    run = subprocess.Popen([sys.executable, "-c", script])
+    while run.poll() is None and len(list(killed.glob("*.weight.safetensors"))) < 5:
+        pass
+    run.kill()
+    run.wait()
+    first = files(killed)
+    assert 5 <= len(first) < 14
+    stamps = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.weight.safetensors")}
+    graphq.calibrate(prepared(Logits(from_disk(build, checkpoint))), DATA, progress=False, store=killed)
+    assert same(files(whole), files(killed))
+    assert all((killed / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())  # not chosen again
+
+
+def test_a_folder_of_another_run_is_refused(checkpoint, tmp_path):
+    store = tmp_path / "store"
+    graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=store)
+    before = files(store)
+    for settings, data in ((config(algorithms=("gptq",)), DATA), (config(), DATA[:2])):
+        with pytest.raises(StateError, match="another run"):
+            graphq.calibrate(prepared(in_memory(checkpoint), settings), data, progress=False, store=store)
+    assert same(before, files(store))
+
+
+def test_what_a_store_cannot_keep_and_what_a_model_on_disk_cannot_do_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="one after the other"):
+        graphq.calibrate(prepared(in_memory(checkpoint), config(algorithms=())), DATA, store=tmp_path / "store")
+    static = QuantConfig.load("int8").with_rules(Rule(select="*lm_head | embedding", reason="the head"))
+    with pytest.raises(StateError, match="weights are on disk"):
+        graphq.calibrate(prepared(Logits(from_disk(build, checkpoint)), static), DATA, progress=False)
+    with pytest.raises(LoadError, match="48"):
+        from_disk(
+            lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | {"intermediate_size": 64})),
+            checkpoint,
+        )
+    with pytest.raises(LoadError, match="no safetensors"):
+        from_disk(build, tmp_path)
+    store = tmp_path / "good"
+    graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=store)
+    with pytest.raises(LoadError, match="no such parameter"):
+        graphq.apply_stored(store, nn.Linear(2, 2))
+    path = next(store.glob("*.weight.safetensors"))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(LoadError, match="cannot be read"):
+        graphq.apply_stored(store, in_memory(checkpoint))
+
+
+def test_convolutions_and_scales_per_channel_come_back_as_they_were(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 3)).eval()
+    data = [torch.randn(4, 4, 5, 5) for _ in range(2)]
+    rules = (Rule(select="*", scheme=Scheme(weight=QuantSpec(format="uint4", symmetric=False, granularity="channel"))),)
+    settings = QuantConfig(rules=rules, algorithms=("gptq",))
+
+    def calibrated(**how):
+        graph = graphq.prepare(model, settings, (data[0],), target="simulation")
+        return graphq.calibrate(graph, data, progress=False, **how)
+
+    graph, kept = calibrated(), calibrated(store=tmp_path / "store")
+    again = calibrated(store=tmp_path / "store")
+    assert torch.equal(graph(data[0]), kept(data[0])) and torch.equal(graph(data[0]), again(data[0]))
+    assert {w.parameter: list(w.read().shape) for w in graphq.stored_weights(tmp_path / "store")} == {
+        "0.weight": [6, 2, 3, 3], "3.weight": [3, 54],
+    }  # fmt: skip

@@ -20,12 +20,13 @@ from graphq.numerics.pairs import along_k, from_k
 from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
 
-FAMILIES = ("conv", "linear")
+FAMILIES = ("conv", "linear", "experts")
 
 
 @dataclass
 class Layer:
-    """A linear or convolution whose weight is quantized, and nobody else's. call: of the weight's quantizer."""
+    """A linear, convolution or linear of experts, whose weight is quantized, and nobody else's. call: of the weight's
+    quantizer."""
 
     view: LayerView
     decision: Decision
@@ -44,23 +45,30 @@ class Layer:
     @property
     def block(self) -> tuple[int, ...]:
         """Of the weight as a matrix."""
-        return self.quantizer.block[:2]
+        return self.quantizer.block[-2:] if self.view.family == "experts" else self.quantizer.block[:2]
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] or [out, in / groups, …]."""
+        """[out, in], [out, in / groups, …] or [experts, out, in]."""
         tensor = parameter(self.view.gm, self.decision.weight)
         assert tensor is not None
         return tensor.detach()
 
     def matrix(self) -> Tensor:
-        """[out, K] in float32; of a convolution in the order of kernel positions, then channels."""
-        return along_k(self.weight).float() if self.view.family == "conv" else self.weight.float()
+        """[out, K] in float32; of a convolution by kernel positions, then channels; experts are stacked."""
+        weight = self.weight
+        return along_k(weight).float() if self.view.family == "conv" else weight.flatten(0, -2).float()
+
+    @property
+    def offsets(self) -> fx.Node | None:
+        """Where the rows of each expert end."""
+        found = self.view.arg("offsets") if self.view.family == "experts" else None
+        return found if isinstance(found, fx.Node) else None
 
     def shape(self) -> tuple[Any, ...]:
         """What decides how inputs become rows: the same for all linears."""
-        if self.view.family == "linear":
-            return ()
+        if self.view.family != "conv":
+            return (self.offsets,)
         args = (self.view.arg(k) for k in ("stride", "padding", "dilation"))
         return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.shape_of_weight[2:]))
 
@@ -81,7 +89,7 @@ class Layer:
     def settle(self, chosen: Tensor, grid: Grid, name: str, note: str) -> None:
         """Take this weight [out, K], which is on the grid; ranges are not observed any more."""
         shape = self.shape_of_weight
-        tensor = from_k(chosen, shape) if self.view.family == "conv" else chosen
+        tensor = from_k(chosen, shape) if self.view.family == "conv" else chosen.reshape(shape)
         self.settle_on(tensor.to(self._held().dtype), grid.scale, grid.zero, grid.overall, name, note)
 
     def settle_on(
@@ -94,7 +102,10 @@ class Layer:
         self.decision.weight = replace_read(self.view.gm, read, self.call, weight, name)
         self.decision.reason += f"; {note}"
         if rank > 2:
-            scale, zero = (values_of(t).reshape(*t.shape, *[1] * (rank - 2)) for t in (scale, zero))
+            grid = (
+                [*self.shape_of_weight[:2], -1] if self.view.family == "experts" else [*scale.shape, *[1] * (rank - 2)]
+            )
+            scale, zero = (values_of(t).reshape(grid) for t in (scale, zero))
         self.quantizer.settle_on(scale, zero, overall)
 
     def _held(self) -> Tensor:
@@ -144,8 +155,10 @@ def _layer(view: LayerView, decision: Decision) -> Layer | str:
         return "it is quantized twice"
     if isinstance(spec.number_format, SharedExponents):
         return f"{spec.format} shares exponents between columns"
-    if spec.granularity in ("group", "block") and (view.family != "linear" or spec.axis not in (None, 1, -1)):
+    if spec.granularity in ("group", "block") and (view.family == "conv" or spec.axis not in (None, 1, -1)):
         return "its groups do not run along the inputs"
+    if view.family == "experts" and (spec.axis is not None or spec.granularity == "block"):
+        return "its blocks are not those of rows"
     if spec.granularity == "channel" and quantizer.block[0] != 1:
         return "its scales are those of input channels"
     if _source(view.node).op == "get_attr":
@@ -162,7 +175,8 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def input_rows(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What rows of the matrix are multiplied with, [groups, rows, K / groups]; tokens that do not count left out."""
+    """What rows of the matrix are multiplied with, [groups, rows, K / groups]; tokens that do not count left out. Not
+    of experts, which have rows of their own."""
     if layer.view.family == "linear":
         counted = mask is not None and x.shape[:-1] == mask.shape
         return (x[mask] if counted else x.reshape(-1, x.shape[-1])).float()[None]

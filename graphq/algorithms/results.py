@@ -21,7 +21,7 @@ class WeightResult:
 
     output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
     over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
-    grid. seconds: of choosing.
+    grid. seconds: of choosing. unseen: experts that no calibration token has reached; theirs is rounded to the nearest.
     """
 
     node: str
@@ -35,6 +35,10 @@ class WeightResult:
     mean_weight_squared_error: float
     relative_weight_squared_error: float | None
     nearest: float | None
+    unseen: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unseen", tuple(self.unseen))  # JSON knows lists only
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +48,9 @@ class WeightResult:
         if self.relative_output_squared_error is None or self.nearest is None:
             return f"{self.algorithm}: its products are zero on all data"
         lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"
-        return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}"
+        without = ", ".join(map(str, self.unseen))
+        note = f"; experts {without} saw no token and are rounded to the nearest" if without else ""
+        return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}{note}"
 
 
 def weight_results(graph: fx.GraphModule) -> list[WeightResult]:
@@ -52,7 +58,7 @@ def weight_results(graph: fx.GraphModule) -> list[WeightResult]:
     return list(graph.meta.get(RESULTS, ()))
 
 
-def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows: int) -> dict[str, float | None]:
+def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows: float) -> dict[str, float | None]:
     """The errors of a WeightResult. weight, chosen: [out, in]; hessian: [groups, in, in], summed over `rows` inputs."""
     squares = _squares(weight - chosen)
     total, norm = _energy(weight, hessian), _squares(weight)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.base import ALGORITHMS, Run, Stream
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import RESULTS, WeightResult, errors_of
@@ -29,6 +29,7 @@ from graphq.algorithms.store import placeholders
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.decision import decision_of
+from graphq.graph.expert_ops import bounds
 from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
@@ -41,12 +42,13 @@ FUNCTIONS: dict[str, WeightFunction] = {}
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs of layers that are cut into rows alike. hessian: Σ X̂ᵀX̂ [groups, in, in] over `rows` rows; cross:
-    for each group Σ (X - X̂)ᵀX̂ [in, in] or None."""
+    """Of the inputs of layers that are cut into rows alike. hessian: Σ X̂ᵀX̂ [groups, in, in] over `rows` rows each (of
+    experts the mean); cross: for each group Σ (X - X̂)ᵀX̂ [in, in] or None. unseen: experts without a row."""
 
     hessian: Tensor
     cross: Sequence[Tensor | None]
-    rows: int
+    rows: float
+    unseen: tuple[int, ...] = ()
 
 
 def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
@@ -113,7 +115,7 @@ class _Walk:
             inputs = self.rounded.until(source)
             wanted = self.exact.until(source) if self.exact is not None else None
             for alike in alike_in_rows(layers):
-                moments = moments_of(alike[0], inputs, wanted, self.rounded.masks)
+                moments = moments_of(alike[0], inputs, wanted, self.rounded)
                 for layer in alike:
                     self._quantize(layer, moments)
 
@@ -145,7 +147,7 @@ class _Walk:
             return
         self.store.put(
             layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, layer.shape_of_weight, layer.block,
-            layer.spec, result,
+            layer.spec, layer.view.family, result,
         )  # fmt: skip
         self._chosen_before(layer)
 
@@ -174,7 +176,7 @@ def round_weight(
             check_divides(weight.shape, layer.block, layer.view.where())
         importance = hessian.diagonal(dim1=1, dim2=2).sum(0)
         grid = Grid(layer.spec, layer.block, weight, overall=overall, importance=importance)
-        chosen = _by_group(choose, weight, hessian, grid)
+        chosen = _by_group(choose, weight, moments, grid)
         if chosen.shape != weight.shape:
             raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(weight.shape)}")
     except (GraphqError, torch.linalg.LinAlgError) as e:
@@ -182,14 +184,16 @@ def round_weight(
         raise CalibrationError(f"{name}: {what}", where=layer.view.where(), remedy=remedy) from e
     seconds = time.perf_counter() - start
     errors = errors_of(weight, chosen, grid, hessian, moments.rows)
-    return chosen, grid, WeightResult(layer.node.name, layer.view.path, name, seconds, **errors)  # type: ignore[arg-type]
+    where = (layer.node.name, layer.view.path, name, seconds)
+    return chosen, grid, WeightResult(*where, **errors, unseen=moments.unseen)  # type: ignore[arg-type]
 
 
-def _by_group(choose: WeightFunction, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:
+    hessian = moments.hessian
     if len(hessian) == 1:
         return choose(weight, hessian[0], grid)
     parts = zip(weight.chunk(len(hessian)), hessian, grid.split(len(hessian)), strict=True)
-    return torch.cat([choose(w, h, g) for w, h, g in parts])
+    return torch.cat([g.rounded(w) if i in moments.unseen else choose(w, h, g) for i, (w, h, g) in enumerate(parts)])
 
 
 def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:
@@ -200,23 +204,38 @@ def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:
     return list(found.values())
 
 
-def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, masks: list[Tensor | None]) -> Moments:
-    """inputs, wanted: X̂ and X, one tensor for each batch. Raises CalibrationError without any."""
+def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, stream: Stream) -> Moments:
+    """inputs, wanted: X̂ and X, one tensor for each batch of the stream. Raises CalibrationError without any."""
+    if layer.offsets is not None:
+        return _moments_of_experts(inputs, stream.until(layer.offsets))
     total: Tensor | None = None
     cross: Tensor | None = None
     count = 0
     for number, x in enumerate(inputs):
-        rows = input_rows(layer, x, masks[number])
+        rows = input_rows(layer, x, stream.masks[number])
         moment = rows.transpose(1, 2) @ rows
         total = moment if total is None else total + moment
         count += rows.shape[1]
         if wanted is not None:
-            lost = input_rows(layer, wanted[number], masks[number]) - rows
+            lost = input_rows(layer, wanted[number], stream.masks[number]) - rows
             moment = lost.transpose(1, 2) @ rows
             cross = moment if cross is None else cross + moment
     if total is None:
         raise CalibrationError("no calibration data reaches this layer", where=layer.view.where())
     return Moments(total, list(cross) if cross is not None else [None] * len(total), count)
+
+
+def _moments_of_experts(inputs: list[Tensor], offsets: list[Tensor]) -> Moments:
+    """Each expert has its own rows. Without cross terms: the float model may send a token to other experts."""
+    experts, width = len(offsets[0]), inputs[0].shape[-1]
+    total, counts = inputs[0].new_zeros(experts, width, width, dtype=torch.float32), [0] * experts
+    for x, ends in zip(inputs, offsets, strict=True):
+        for expert, (start, stop) in enumerate(bounds(ends)):
+            rows = x[start:stop].float()
+            total[expert].addmm_(rows.T, rows)
+            counts[expert] += stop - start
+    unseen = tuple(expert for expert, count in enumerate(counts) if count == 0)
+    return Moments(total, [None] * experts, sum(counts) / experts, unseen)
 
 
 def _correction(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -40,7 +40,7 @@ class ChosenWeight:
         part = self._parts()
         spec, shape = self.spec, json.loads(self.about["shape"])
         matrix = dequantize(part["codes"], part["scale"], part["zero_point"], self.block, spec.number_format)
-        return from_k(matrix, torch.Size(shape)) if len(shape) > 2 else matrix
+        return from_k(matrix, torch.Size(shape)) if self.about["family"] == "conv" else matrix.reshape(shape)
 
     @property
     def about(self) -> dict[str, str]:
@@ -115,14 +115,15 @@ class WeightStore:
 
     def put(
         self, parameter: str, codes: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size, block: tuple[int, ...],
-        spec: QuantSpec, result: WeightResult,
+        spec: QuantSpec, family: str, result: WeightResult,
     ) -> ChosenWeight:  # fmt: skip
-        """Keep a weight: codes [out, K], of a weight of that shape."""
+        """Keep a weight: codes [out, K], of a weight of that shape, in the order of its family of ops."""
         same = bool((zero == zero.reshape(-1)[0]).all())
         zero = zero.reshape(-1)[:1].reshape([1] * zero.ndim) if same else zero
         tensors = {"codes": codes, "scale": scale, "zero_point": zero.to(torch.int32)}
         about = {
             "parameter": parameter,
+            "family": family,
             "shape": json.dumps(list(shape)),
             "block": json.dumps(list(block)),
             "spec": spec.model_dump_json(),

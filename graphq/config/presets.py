@@ -24,7 +24,7 @@ SCHEMES: dict[str, Scheme] = {
 
 WEIGHT_INT4 = QuantSpec(format="uint4", symmetric=False, granularity="group", group_size=64, observer="mse_grid")
 INT4_LINEARS = (
-    Rule(select="linear", scheme=Scheme(weight=WEIGHT_INT4)),
+    Rule(select="linear | experts", scheme=Scheme(weight=WEIGHT_INT4)),
     Rule(select="embedding | *lm_head", scheme=Scheme(weight=WEIGHT_INT8), optional=True, reason="tables and heads"),
 )
 

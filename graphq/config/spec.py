@@ -119,10 +119,10 @@ class QuantSpec(ConfigModel):
             scale=kind, mode=self.scale_mode, span=self.span, overall=overall,
         )  # fmt: skip
 
-    def block_for(self, rank: int, channel_axis: int = 0) -> tuple[int, ...]:
+    def block_for(self, rank: int, channel_axis: int | tuple[int, ...] = 0) -> tuple[int, ...]:
         """The block shape (see `graphq.numerics.affine`) of this spec for a tensor of that rank.
 
-        channel_axis: the output-channel axis of the op that uses the tensor; `axis`, where set, wins.
+        channel_axis: the output-channel axis, or axes, of the op that uses the tensor; `axis`, where set, wins.
         """
         if self.granularity == "tensor":
             return ()
@@ -139,7 +139,9 @@ class QuantSpec(ConfigModel):
         shape = [-1] * rank
         if self.granularity in ("channel", "head"):
             usual = HEAD_AXIS if self.granularity == "head" else channel_axis
-            shape[usual if self.axis is None else self.axis] = 1
+            axes = usual if self.axis is None else self.axis
+            for axis in (axes,) if isinstance(axes, int) else axes:
+                shape[axis] = 1
             return tuple(shape)
         assert self.group_size is not None
         shape = [1] * rank

@@ -37,7 +37,7 @@ def compare_algorithms(
     for source, layers in progress_of(groups.items(), "algorithms", show=progress):
         inputs = stream.until(source)
         for alike in alike_in_rows(layers):
-            moments = moments_of(alike[0], inputs, None, stream.masks)
+            moments = moments_of(alike[0], inputs, None, stream)
             for layer in alike:
                 overall = shared.get(layer.quantizer)
                 for name, choose in chosen.items():

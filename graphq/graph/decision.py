@@ -35,7 +35,7 @@ class Decision:
     inputs: dict[fx.Node, QuantSpec] = field(default_factory=dict)
     weight: fx.Node | None = None
     weight_spec: QuantSpec | None = None
-    weight_axis: int = 0
+    weight_axis: int | tuple[int, ...] = 0
     more_weights: list[fx.Node] = field(default_factory=list)
     bias: fx.Node | None = None
     bias_form: str = "float"

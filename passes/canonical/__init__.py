@@ -27,6 +27,7 @@ from .fold_pad import FoldPadIntoConv
 from .normalize_batchnorm import FunctionalBatchNorm
 from .normalize_clip import Clamp, ClampMin, ClipFromZero, Relu6
 from .normalize_conv import ConvSame
+from .normalize_experts import normalize_experts
 from .normalize_linear import AddBias, Addmm, MatmulParameter
 from .normalize_mean import GlobalMean
 from .recognize_gelu import ErfGelu, TanhGelu
@@ -43,6 +44,7 @@ def canonical_pipeline() -> Pipeline:
         [
             FunctionPass(drop_asserts),
             FunctionPass(drop_full_masks),
+            FunctionPass(normalize_experts),
             RewritePass(ViewToReshape, name="view_to_reshape"),
             RewritePass(DropDropout, DropIdentity, DropCast, DropReshape, DropExpand, DropSlice, name="drop_noops"),
             RewritePass(FunctionalBatchNorm, name="normalize_batchnorm", ensures=(none_of("native_batch_norm"),)),

@@ -15,7 +15,8 @@ class QuantPattern:
     family: the row of the target's kernel table. head: the op that does the work; the others are fused into it.
     activations: captures that carry activations (a list capture stands for all its members).
     cached: those of them that a cache keeps.
-    weight, bias: captures of the parameters. weight_axis: the axis of the weight's output channels.
+    weight, bias: captures of the parameters. weight_axis: the axis of the weight's output channels,
+        or the axes.
     more_weights: captures of further weights, quantized as the weight is.
     """
 
@@ -26,7 +27,7 @@ class QuantPattern:
     cached: ClassVar[tuple[str, ...]] = ()
     weight: ClassVar[str | None] = None
     bias: ClassVar[str | None] = None
-    weight_axis: ClassVar[int] = 0
+    weight_axis: ClassVar[int | tuple[int, ...]] = 0
     more_weights: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Ops with a weight: convolution and linear, alone or with the activation that their kernels take in."""
 
+from graphq.graph.expert_ops import EXPERTS
 from graphq.graph.match import Match
 from graphq.graph.recurrent_ops import LSTM
 
@@ -125,6 +126,16 @@ class LinearActivation(Linear):
         if len(m.x.shape) != 2:
             return "only a matrix product takes the activation in"
         return absorbed_activation(m, "linear") or constant_weight(m)
+
+
+class Experts(QuantPattern):
+    """x ─ Q ─ rows times the weights of their experts."""
+
+    family, head, weight, weight_axis = "experts", "experts", "weight", (0, 1)
+
+    @staticmethod
+    def pattern(op, x, weight, offsets):
+        return op.aten(EXPERTS, name="experts")(x, weight, offsets)
 
 
 class Embedding(QuantPattern):

@@ -64,7 +64,9 @@ class _Placer:
         node.replace_all_uses_with(source)
         self.gm.graph.erase_node(node)
 
-    def quantized(self, tensor: fx.Node, spec: QuantSpec, channel_axis: int = -1, *, constant: bool = False) -> fx.Node:
+    def quantized(
+        self, tensor: fx.Node, spec: QuantSpec, channel_axis: int | tuple[int, ...] = -1, *, constant: bool = False
+    ) -> fx.Node:
         """The node that quantizes a tensor; made once."""
         if tensor not in self.placed:
             constant = constant or parameter(self.gm, tensor) is not None

@@ -13,7 +13,7 @@ from graphq.graph.fork import fork
 
 from .table import TARGETS, Kernel, Target
 
-FAMILIES = ("conv", "conv_transpose", "linear", "linear_activation", "matmul", "attention")
+FAMILIES = ("conv", "conv_transpose", "linear", "linear_activation", "experts", "matmul", "attention")
 
 
 def _no_runtime(gm: fx.GraphModule) -> fx.GraphModule:

@@ -31,6 +31,13 @@ CASES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), "model.layers.0.", LLAMA),
     "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA_GROUPED),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**DECODER), "model.layers.0.", LLAMA),
+    # the norm before the experts feeds the router, and tokens that are gathered for experts: no linears that share it
+    "mixtral": (
+        hf.MixtralForCausalLM,
+        hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        "model.layers.0.",
+        {"input_layernorm": QKV, "": ("self_attn.o_proj",), " ": ("mlp.gate",)},
+    ),
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", GEMMA),
     "gpt2": (
         hf.GPT2LMHeadModel,

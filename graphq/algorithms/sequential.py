@@ -51,13 +51,20 @@ class Moments:
     unseen: tuple[int, ...] = ()
 
 
-def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
+TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
+
+
+def weight_algorithm(name: str, *, together: bool = False) -> Callable[[WeightFunction], WeightFunction]:
     """Register a function (weight [out, in], hessian [in, in], grid, *, …) → weight on the grid.
 
-    Its keyword arguments are arguments of the algorithm, together with `qep` and `qep_damping`.
+    Its keyword arguments are arguments of the algorithm, together with `qep` and `qep_damping`. A layer of several
+    groups (of channels, of experts) is several such weights; together: the function gets them all at once, weight
+    [groups, out, in], hessian [groups, in, in].
     """
 
     def register(function: WeightFunction) -> WeightFunction:
+        setattr(function, TOGETHER, together)
+
         def algorithm(
             graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01, **args: Any
         ) -> None:
@@ -65,7 +72,8 @@ def weight_algorithm(name: str) -> Callable[[WeightFunction], WeightFunction]:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
             choose = functools.partial(function, **args)
             one = torch.eye(4)
-            choose(one, one, Grid(TRIAL, (1, -1), one))  # refuses wrong arguments before anything is changed
+            trial = (one[None], one[None]) if together else (one, one)
+            choose(*trial, Grid(TRIAL, (1, -1), one))  # refuses wrong arguments before anything is changed
             walks = [_Walk(gm, run, name, choose, qep, qep_damping) for gm in graphs]
             try:
                 for walk in walks:
@@ -190,6 +198,8 @@ def round_weight(
 
 def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:
     hessian = moments.hessian
+    if getattr(getattr(choose, "func", choose), TOGETHER, False):
+        return choose(weight.unflatten(0, (len(hessian), -1)), hessian, grid).flatten(0, 1)
     if len(hessian) == 1:
         return choose(weight, hessian[0], grid)
     parts = zip(weight.chunk(len(hessian)), hessian, grid.split(len(hessian)), strict=True)

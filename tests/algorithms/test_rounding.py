@@ -42,7 +42,7 @@ def test_the_fixed_point_is_what_gptq_reaches(spec):
 @pytest.mark.parametrize("spec", [GROUPS, ROWS], ids=["groups", "rows"])
 def test_learned_rounding_goes_up_or_down_only_and_loses_less(spec):
     weight, hessian, grid = problem(spec)
-    chosen, nearest = adaround(weight, hessian, grid), grid.rounded(weight)
+    chosen, nearest = adaround(weight[None], hessian[None], grid)[0], grid.rounded(weight)
     assert torch.equal(grid.rounded(chosen), chosen)
     steps = (chosen - weight).abs() / grid.columns()[0]
     inside = (weight / grid.columns()[0]).abs() < 6
@@ -57,8 +57,9 @@ def test_learned_rounding_goes_up_or_down_only_and_loses_less(spec):
 
 def test_no_inputs_leave_the_nearest_values():
     weight, hessian, grid = problem(GROUPS)
-    for choose in (fpi_gptq, adaround):
-        assert torch.equal(choose(weight, torch.zeros_like(hessian), grid), grid.rounded(weight))
+    zeros, nearest = torch.zeros_like(hessian), grid.rounded(weight)
+    assert torch.equal(fpi_gptq(weight, zeros, grid), nearest)
+    assert torch.equal(adaround(weight[None], zeros[None], grid)[0], nearest)
 
 
 @pytest.mark.parametrize("name", ["fpi_gptq", "adaround"])
@@ -82,7 +83,7 @@ def test_wrong_arguments_and_formats_are_refused():
     weight, hessian, grid = problem(GROUPS)
     for call in (
         lambda: fpi_gptq(weight, hessian, grid, iterations=0),
-        lambda: adaround(weight, hessian, grid, rate=0),
+        lambda: adaround(weight[None], hessian[None], grid, rate=0),
     ):
         with pytest.raises(ConfigError, match="positive"):
             call()

@@ -28,9 +28,11 @@ from graphq.config import QuantConfig
 from graphq.errors import ExportError, LoadError, StateError
 from graphq.graph.capture import Example, example_of
 from graphq.graph.decision import decision_of
+from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import Pipeline
 from graphq.graph.several import expect_one
 from graphq.graph.view import set_parameter
+from graphq.passes.placement import round_states
 from graphq.passes.targets import Target, get_target
 from graphq.qat import FOLDED, TRAINED, make_trainable, own_tensors, qat
 from graphq.quantizer import TensorQuantizer, quantizers
@@ -51,6 +53,10 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
         raise StateError(
             "only prepared, calibrated, training and converted graphs are saved",
             remedy="Of a captured model save the model; of folded weights the graph that was folded.",
+        )
+    if any(on_disk(t) for t in _tensors(graph).values()):
+        raise StateError(
+            "its weights are on disk already", remedy="Keep the store of calibrate, or save the converted graph."
         )
     if any(q.observer is not None for q in quantizers(graph).values()):
         raise StateError("observers are running", remedy="graphq.qat.observers(graph, on=False), then save.")
@@ -148,6 +154,7 @@ def _at_stage(gm: fx.GraphModule, about: dict[str, Any], tensors: dict[str, Tens
     gm = own_tensors(gm)
     for name, quantizer in quantizers(gm).items():
         _restore(quantizer, name, tensors)
+    round_states(gm)
     gm.meta[STAGE] = "calibrated"
     if about["trained"] is not None:
         gm = qat(gm, about["trained"], clip=about["clip"])

@@ -12,21 +12,21 @@ from graphq.graph.expert_ops import EXPERTS
 from graphq.graph.infer import infer
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
-from graphq.graph.view import LayerView, held, value_of
+from graphq.graph.view import LayerView, held, schema_of, value_of
 
-GROUPED = ("transformers::grouped_mm_fallback", "aten::_grouped_mm")
+GROUPED = "transformers::grouped_mm_fallback"  # what transformers traces in float32; torch's own is for bfloat16
 
 
 def normalize_experts(gm: fx.GraphModule) -> int:
     """Rewrite, in place, every such product with a weight that is a parameter. Returns how many."""
     found = 0
     for node in list(gm.graph.nodes):
-        if not isinstance(node.target, OpOverload) or node.target._schema.name not in GROUPED:
+        if not isinstance(node.target, OpOverload) or node.target._schema.name != GROUPED:
             continue
-        view, (x, turned, offsets) = LayerView(gm, node), node.args[:3]
+        view = LayerView(gm, node)
+        x, turned, offsets = (view.arg(name) for name in schema_of(node.target)[0][:3])
         weight = _transposed(turned)
-        biased = view.arg("bias") is not None
-        if weight is None or held(gm, weight) is None or value_of(x).ndim != 2 or offsets is None or biased:  # type: ignore[arg-type]
+        if weight is None or held(gm, weight) is None or value_of(x).ndim != 2 or offsets is None:
             continue
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(EXPERTS, (x, weight, offsets))

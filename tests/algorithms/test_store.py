@@ -96,6 +96,8 @@ def test_a_model_on_disk_gets_the_weights_that_it_gets_in_memory(checkpoint, who
     a, b = (graphq.weight_results(g) for g in (graph, lazy))
     assert [r.output_squared_error for r in a] == [r.output_squared_error for r in b]
     assert lazy(DATA[0]).isnan().all()  # whoever runs it as if it were in memory sees that
+    with pytest.raises(StateError, match="on disk already"):
+        graphq.save(lazy, tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(graphq.apply_stored(tmp_path / "lazy", in_memory(checkpoint))(DATA[0]), graph(DATA[0]))
 

@@ -81,6 +81,14 @@ def test_a_prepared_graph_still_computes_the_float_model():
     assert not torch.equal(prepared(*args)[0], before)
 
 
+def test_a_saved_graph_comes_back_with_its_rounded_states(tmp_path):
+    model, args = tagger()
+    calibrated = graphq.calibrate(graphq.prepare(model, DYNAMIC, args, dynamic_shapes=None), [args], progress=False)
+    for graph, folder in ((calibrated, tmp_path / "a"), (graphq.convert(calibrated), tmp_path / "b")):
+        again = graphq.load(graphq.save(graph, folder), model)
+        assert all(torch.equal(a, b) for a, b in zip(again(*args), graph(*args), strict=True))
+
+
 def test_what_has_no_kernel_says_why():
     gru = nn.GRU(4, 6).eval()
     reasons = {

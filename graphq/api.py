@@ -23,7 +23,7 @@ from graphq.graph.fork import fork
 from graphq.graph.garbage import uncollected
 from graphq.graph.invariants import check_stage, decided
 from graphq.graph.passes import Pipeline
-from graphq.graph.view import parameter
+from graphq.graph.view import parameter, read_all
 from graphq.nn import first_call, with_registered
 from graphq.passes.canonical import canonical_pipeline
 from graphq.passes.placement import (
@@ -223,6 +223,7 @@ def _convert(calibrated: fx.GraphModule) -> fx.GraphModule:
             remedy="Convert the calibrated graph that was folded; fold_weights gave a copy.",
         )
     gm = _after_training(calibrated) if TRAINED in calibrated.meta else fork(calibrated)
+    read_all(gm)
     quantize_bias(gm)
     to_qdq(gm)
     check_stage(gm, after="to_qdq")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphq.cli_json import emit
 from graphq.errors import CalibrationError
-from graphq.evaluate.taps import session
+from graphq.evaluate.taps import REFUSALS, session
 from graphq.evaluate.tasks import accuracy, perplexity, similarity_correlation
 from graphq.evaluate.verify import flat_outputs
 from graphq.loading import load_model
@@ -123,6 +123,12 @@ def _runtime(path: Path) -> Outputs:
             raise CalibrationError(
                 f"the file wants {', '.join(missing)}", where=str(path), remedy=f"Name the data {', '.join(names)}."
             )
-        return torch.from_numpy(run.run(None, {n: known[n].numpy() for n in names})[0])
+        try:
+            return torch.from_numpy(run.run(None, {n: known[n].numpy() for n in names})[0])
+        except REFUSALS as e:
+            what = f"the file does not take these inputs: {str(e).splitlines()[0][:160]}"
+            raise CalibrationError(
+                what, where=str(path), remedy="--window and --stride of the file's own length."
+            ) from e
 
     return call

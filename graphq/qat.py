@@ -11,6 +11,7 @@ Batch norms are folded and dropout is gone: what trains is what runs. All tensor
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from graphq.errors import ConfigError, StateError, did_you_mean
 from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
+from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import finish
 from graphq.graph.view import MADE, parameter
 from graphq.observers import make_observer
@@ -53,7 +55,11 @@ def qat(calibrated: fx.GraphModule, scales: Scales = "lsq", *, clip: bool = True
 
 
 def own_tensors(gm: fx.GraphModule) -> fx.GraphModule:
-    """Give a forked graph copies of all tensors and quantizers."""
+    """Give a forked graph copies of all tensors and quantizers. Raises StateError where they are on disk."""
+    if any(on_disk(t) for t in itertools.chain(gm.parameters(), gm.buffers())):
+        raise StateError(
+            "its weights are on disk", remedy="Convert the graph, which reads them, or load the model whole."
+        )
     memo: dict[int, object] = {}
     for name, child in list(gm.named_children()):
         setattr(gm, name, copy.deepcopy(child, memo))

@@ -25,9 +25,9 @@ from graphq.algorithms.base import ALGORITHMS, Run, Stream
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import RESULTS, WeightResult, errors_of
-from graphq.algorithms.store import placeholders
+from graphq.algorithms.store import digest_of, placeholders
 from graphq.config.spec import QuantSpec
-from graphq.errors import CalibrationError, ConfigError, GraphqError
+from graphq.errors import CalibrationError, ConfigError, GraphqError, StateError
 from graphq.graph.decision import decision_of
 from graphq.graph.expert_ops import bounds
 from graphq.graph.on_disk import values_of
@@ -117,11 +117,9 @@ class _Walk:
 
     def go(self) -> None:
         for source, every in self.progress(self.groups.items(), self.name):
-            layers = [layer for layer in every if not self._chosen_before(layer)]
-            if not layers:
-                continue
-            inputs = self.rounded.until(source)
+            inputs = self.rounded.until(source)  # also where nothing is left to choose: one group's weights at a time
             wanted = self.exact.until(source) if self.exact is not None else None
+            layers = [layer for layer in every if not self._chosen_before(layer)]
             for alike in alike_in_rows(layers):
                 moments = moments_of(alike[0], inputs, wanted, self.rounded)
                 for layer in alike:
@@ -154,20 +152,29 @@ class _Walk:
             layer.settle(chosen, grid, self.name, result.words())
             return
         self.store.put(
-            layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, layer.shape_of_weight, layer.block,
+            layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, grid.overall, layer.weight, layer.block,
             layer.spec, layer.view.family, result,
         )  # fmt: skip
         self._chosen_before(layer)
 
     def _chosen_before(self, layer: Layer) -> bool:
-        """Is the weight in the store? Then the layer takes it from there."""
+        """Is the weight in the store? Then the layer takes it from there. Raises StateError for another's weight."""
         stored = self.store.get(layer.parameter_name) if self.store is not None else None
         if stored is None:
             return False
-        result = stored.result
+        original, result = layer.weight, stored.result
+        if stored.about["original"] != digest_of(original) or stored.spec != layer.spec:
+            raise StateError(
+                "the store holds this weight of another model",
+                where=str(stored.path),
+                remedy="Name a new folder, or delete this one.",
+            )
         self.results.append(result)
-        weight, scale, zero = placeholders(stored) if layer.is_on_disk else (values_of(t) for t in placeholders(stored))
-        layer.settle_on(weight, scale, zero, None, self.name, result.words())
+        weight, scale, zero = placeholders(stored)
+        if not layer.is_on_disk:
+            weight, scale, zero = (values_of(t).to(original.device) for t in (weight, scale, zero))
+        overall = stored.tensors()["overall"].to(original.device)
+        layer.settle_on(weight, scale, zero, overall, self.name, result.words())
         return True
 
 

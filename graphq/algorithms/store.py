@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graphq.algorithms.results import WeightResult
 from graphq.config.spec import QuantSpec
 from graphq.errors import LoadError, StateError, did_you_mean
-from graphq.graph.on_disk import placeholder
+from graphq.graph.on_disk import on_disk, placeholder
 from graphq.numerics.affine import dequantize
 from graphq.numerics.pairs import from_k
 
@@ -68,12 +68,15 @@ class ChosenWeight:
         return tuple(json.loads(self.about["block"]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """codes [out, K], scale and zero_point one for each block of `spec`."""
+        """codes [out, K], scale and zero_point one for each block of `spec`, overall []."""
         return self._parts()
 
     def _parts(self) -> dict[str, Tensor]:
-        with safe_open(self.path, framework="pt") as file:
-            part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise LoadError(f"this weight cannot be read: {e}", where=str(self.path), remedy="Delete the file.") from e
         part["zero_point"] = part["zero_point"].to(torch.int32).expand_as(part["scale"])
         return part
 
@@ -102,7 +105,7 @@ class WeightStore:
                 raise StateError(
                     "this folder holds the weights of another run: of another config, model or data",
                     where=str(self.folder),
-                    remedy="Name a new folder, or delete this one.",
+                    remedy="Name a new folder, or delete this one; data that are shuffled differ every time.",
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,17 +117,19 @@ class WeightStore:
         return ChosenWeight(path) if path.is_file() else None
 
     def put(
-        self, parameter: str, codes: Tensor, scale: Tensor, zero: Tensor, shape: torch.Size, block: tuple[int, ...],
-        spec: QuantSpec, family: str, result: WeightResult,
+        self, parameter: str, codes: Tensor, scale: Tensor, zero: Tensor, overall: Tensor, original: Tensor,
+        block: tuple[int, ...], spec: QuantSpec, family: str, result: WeightResult,
     ) -> ChosenWeight:  # fmt: skip
-        """Keep a weight: codes [out, K], of a weight of that shape, in the order of its family of ops."""
+        """Keep a weight: codes [out, K] of the original, in the order of its family of ops. overall: its largest
+        magnitude, or that of those that share a scale with it."""
         same = bool((zero == zero.reshape(-1)[0]).all())
         zero = zero.reshape(-1)[:1].reshape([1] * zero.ndim) if same else zero
-        tensors = {"codes": codes, "scale": scale, "zero_point": zero.to(torch.int32)}
+        tensors = {"codes": codes, "scale": scale, "zero_point": zero.to(torch.int32), "overall": overall}
         about = {
             "parameter": parameter,
             "family": family,
-            "shape": json.dumps(list(shape)),
+            "shape": json.dumps(list(original.shape)),
+            "original": digest_of(original),
             "block": json.dumps(list(block)),
             "spec": spec.model_dump_json(),
             "result": json.dumps(result.to_dict()),
@@ -134,6 +139,12 @@ class WeightStore:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata=about)
         os.replace(part, path)
         return ChosenWeight(path)
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Of values and shape."""
+    values = tensor.detach().cpu().float().contiguous()
+    return hashlib.sha256(f"{list(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
 
 
 def placeholders(chosen: ChosenWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,8 +172,11 @@ def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
     weights = list(stored_weights(folder))
     for weight in weights:
         known = parameters.get(weight.parameter)
-        if known is None or list(known.shape) != json.loads(weight.about["shape"]):
-            what = "no such parameter" if known is None else "another shape of this parameter"
+        if known is None or on_disk(known) or list(known.shape) != json.loads(weight.about["shape"]):
+            other = (
+                "this parameter on disk" if known is not None and on_disk(known) else "another shape of this parameter"
+            )
+            what = "no such parameter" if known is None else other
             raise LoadError(
                 f"the model has {what}", where=weight.parameter, remedy=did_you_mean(weight.parameter, parameters)
             )

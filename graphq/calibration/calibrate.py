@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphq.algorithms import ALGORITHMS
 from graphq.algorithms.sequential import FUNCTIONS
@@ -18,6 +18,7 @@ from graphq.calibration.runner import progress_of, run_calibration
 from graphq.calibration.stream import Stream
 from graphq.calibration.watch import watching
 from graphq.errors import ConfigError, StateError
+from graphq.graph.on_disk import on_disk
 from graphq.graph.view import parameter
 from graphq.passes.placement import (
     correct_bias,
@@ -43,6 +44,7 @@ def calibrate_graphs(
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
     compute the float model, and a tensor has the same name in each; graphs in which an algorithm has rounded weights do
     not, and are observed one by one."""
+    _expect_readable(graphs)
     data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
     _run_algorithms(graphs, data, progress, None if store is None else store_for(graphs, data, store))
     apart = any(q.settled for gm in graphs for q in quantizers(gm).values())
@@ -79,6 +81,21 @@ def _again(data: Any) -> Any:
     return list(data) if hasattr(data, "__next__") else data
 
 
+def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
+    """Raises StateError, before any work, for what a model on disk cannot be calibrated for."""
+    for gm in graphs:
+        if not any(on_disk(t) for t in gm.parameters()):
+            continue
+        observed = [q.label for q in quantizers(gm).values() if not q.constant and q.spec.dynamic is not True]
+        weighted = [q.label for q in quantizers(gm).values() if q.spec.observer == "imatrix_mse"]
+        if observed or weighted or gm.meta["graphq_config"].bias_correction:
+            raise StateError(
+                "activations are observed while the whole model runs, and its weights are on disk",
+                where=(observed + weighted or ["bias correction"])[0],
+                remedy="Quantize weights alone, or find the scales of inputs at run time (dynamic: true).",
+            )
+
+
 def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -> WeightStore:
     """The folder for what these algorithms choose for this model on these data.
 
@@ -97,7 +114,10 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
         raise StateError("a store is for one target", where=str(folder), remedy="Calibrate the graphs one by one.")
     seen = hashlib.sha256()
     for value in torch.utils._pytree.tree_leaves(list(batches_of(data))):
-        tensor = torch.as_tensor(value).detach().cpu().contiguous()
+        if not isinstance(value, Tensor):
+            seen.update(repr(value).encode())
+            continue
+        tensor = value.detach().cpu().contiguous()
         seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     ops = [f"{n.op} {n.target} {n.name}" for n in graphs[0].graph.nodes]

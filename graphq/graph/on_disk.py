@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graphq.errors import LoadError, did_you_mean
 
 SOURCE = "graphq_source"  # attribute of a placeholder
+FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 
 
@@ -67,8 +68,8 @@ def from_disk(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
     """A model whose parameters stay in the safetensors files of a folder (one, or shards with their index).
 
     build: makes the model, `lambda: AutoModelForCausalLM.from_config(config)`; its parameters take no memory meanwhile,
-    its buffers do. Quantizing reads each weight when its turn has come, as float32. Raises LoadError for parameters
-    that the files do not have, or have in another shape.
+    its buffers are read. Quantizing reads each weight when its turn has come, as float32. Raises LoadError where model
+    and files do not have the same tensors, in the same shapes, as floats.
     """
     folder = Path(folder)
     with _empty_parameters():
@@ -84,7 +85,24 @@ def from_disk(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
             if id(parameter) not in known:
                 known[id(parameter)] = _parameter(name, parameter, files, folder)
             module._parameters[leaf] = known[id(parameter)]
+        for leaf, buffer in list(module._buffers.items()):
+            name = f"{path}.{leaf}".removeprefix(".")
+            if buffer is not None and name in files:
+                with safe_open(files[name], framework="pt") as file:
+                    module._buffers[leaf] = file.get_tensor(name).to(buffer.dtype).reshape(buffer.shape)
+    _expect_all_read(model, files, folder)
     return model
+
+
+def _expect_all_read(model: nn.Module, files: dict[str, Path], folder: Path) -> None:
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+    unread = sorted(set(files) - names)
+    if unread:
+        raise LoadError(
+            f"{len(unread)} tensors of the files have no place in the model: {', '.join(unread[:3])}, …",
+            where=str(folder),
+            remedy="Build the model with the config that is beside its weights; quantized checkpoints are not read.",
+        )
 
 
 def _parameter(name: str, empty: nn.Parameter, files: dict[str, Path], folder: Path) -> nn.Parameter:
@@ -92,7 +110,11 @@ def _parameter(name: str, empty: nn.Parameter, files: dict[str, Path], folder: P
         raise LoadError("the files do not have this parameter", where=f"{folder}: {name}",
                         remedy=did_you_mean(name, files))  # fmt: skip
     with safe_open(files[name], framework="pt") as file:
-        shape = file.get_slice(name).get_shape()
+        part = file.get_slice(name)
+        shape, dtype = part.get_shape(), part.get_dtype()
+    if dtype not in FLOATS:
+        raise LoadError(f"this parameter is stored as {dtype}", where=f"{files[name]}: {name}",
+                        remedy="Give a checkpoint in float32, float16 or bfloat16.")  # fmt: skip
     if list(shape) != list(empty.shape):
         raise LoadError(
             f"this parameter is {shape} in the file and {list(empty.shape)} in the model",

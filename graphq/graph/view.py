@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from graphq.errors import PassError
@@ -34,6 +34,19 @@ def _ancestry(qualified: str) -> tuple[str, ...]:
     if not isinstance(cls, type):
         return (qualified,)
     return tuple(f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__ if c not in (object, torch.nn.Module))
+
+
+def read_all(gm: fx.GraphModule) -> None:
+    """Read, in place, the tensors on disk that a graph of its own nodes reads."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = held(gm, node)
+        if tensor is not None and on_disk(tensor):
+            owner, _, leaf = str(node.target).rpartition(".")
+            place, values = gm.get_submodule(owner), values_of(tensor)
+            if isinstance(tensor, nn.Parameter):
+                place.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+            else:
+                place.register_buffer(leaf, values)
 
 
 def module_stack(node: fx.Node) -> list[tuple[str, str]]:

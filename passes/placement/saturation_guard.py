@@ -33,7 +33,13 @@ Maxima = dict[tuple[fx.Node, int], ChannelMaximum]  # by the tensor that is read
 
 def maxima_watchers(gm: fx.GraphModule) -> Maxima:
     """A watcher for the input of every op whose weight is guarded."""
-    return {key: ChannelMaximum(key[1]) for key in (channels_read(gm, n, d) for n, d in _guarded(gm))}
+    static = [(n, d) for n, d in _guarded(gm) if not _finds_scales(gm, d)]
+    return {key: ChannelMaximum(key[1]) for key in (channels_read(gm, n, d) for n, d in static)}
+
+
+def _finds_scales(gm: fx.GraphModule, decision: Decision) -> bool:
+    """Are the scales of its inputs found at run time? Then codes reach as far as they can, whatever calibration saw."""
+    return bool(quantizer_at(gm, quantizer_calls(decision)[0][0]).spec.dynamic)
 
 
 def guard_saturation(gm: fx.GraphModule, maxima: Maxima | None = None) -> dict[str, float]:
@@ -78,7 +84,7 @@ def _guarded(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
 def _reach(gm: fx.GraphModule, node: fx.Node, decision: Decision, shape: torch.Size, maxima: Maxima) -> Tensor | None:
     """How far the codes of the inputs go, as a share of 255 [out, K] for a weight of that shape."""
     seen = maxima.get(channels_read(gm, node, decision))
-    if seen is None or seen.largest is None:
+    if seen is None or seen.largest is None or _finds_scales(gm, decision):
         return None
     scale, zero = quantizer_at(gm, quantizer_calls(decision)[0][0]).qparams
     codes = zero + MARGIN * (seen.largest / scale).clamp(min=0)  # padding has the code of zero

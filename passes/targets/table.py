@@ -149,7 +149,8 @@ class Target:
         return "", "; ".join(reasons)
 
 
-DYNAMIC_FORM = ("format", "symmetric", "granularity", "axis", "group_size", "scale", "dynamic", "rounding", "saturate")
+DYNAMIC_FORM = ("format", "symmetric", "granularity", "axis", "group_size", "scale", "dynamic", "rounding", "saturate",
+                "narrow_range", "then")  # fmt: skip
 
 
 def _same_form(spec: QuantSpec, other: QuantSpec) -> bool:

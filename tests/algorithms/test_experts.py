@@ -67,6 +67,12 @@ def calibrated(model, settings):
     return graphq.calibrate(graph, data(), progress=False)
 
 
+def test_gradients_are_those_of_the_products():
+    x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 4, 3, dtype=torch.float64)
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, w: experts(a, w, torch.tensor([2, 2, 5])), inputs)
+
+
 @pytest.fixture(scope="module")
 def rounded(mixtral):
     return calibrated(mixtral, config(("gptq",)))

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import ConfigError, LoadError, StateError
 from graphq.graph.on_disk import from_disk, on_disk, values_of
+from graphq.quantizer import quantizers
 
 transformers = pytest.importorskip("transformers")
 CONFIG = {
@@ -134,12 +135,83 @@ def test_a_folder_of_another_run_is_refused(checkpoint, whole):
     assert same(before, files(whole[1]))
 
 
+class Normed(nn.Module):
+    """Two linears with a norm before them, so that a rule can be about one."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm, self.a, self.b = nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Linear(32, 8)
+        self.norm.running_mean += 3
+
+    def forward(self, x):
+        return self.b(torch.nn.functional.gelu(self.a(self.norm(x))))
+
+
+def tiny(weight=WEIGHT, algorithms=("gptq",), given=None):
+    rules = (Rule(select="linear", scheme=Scheme(weight=weight, input=given)),)
+    return QuantConfig(rules=rules, algorithms=algorithms)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    x = torch.randn(16, 32)
+    for seed in (0, 1):
+        graph = graphq.prepare(Normed(seed).eval(), tiny(), (x,), target="simulation")
+        if seed == 0:
+            graphq.calibrate(graph, [x], progress=False, store=tmp_path / "store")
+            continue
+        with pytest.raises(StateError, match="of another model"):
+            graphq.calibrate(graph, [x], progress=False, store=tmp_path / "store")
+        assert not any(q.settled for q in quantizers(graph).values())
+
+
+def test_a_model_on_disk_is_converted_with_its_values_and_buffers(tmp_path):
+    model, x = Normed().eval(), torch.randn(16, 32)
+    save_file(dict(model.state_dict()), tmp_path / "m.safetensors")
+    lazy = from_disk(Normed, tmp_path)
+    with torch.no_grad():
+        for config in ("int8_dynamic", tiny()):
+            target = "onnxruntime" if config == "int8_dynamic" else "simulation"
+            graphs = [graphq.quantize(m, config, [x], target=target, progress=False) for m in (model, lazy)]
+            assert torch.equal(graphs[0](x), graphs[1](x)) and not graphs[1](x).isnan().any()
+            if target == "onnxruntime":
+                assert graphq.verify(graphs[1], graphq.export(graphs[1], tmp_path / "m.onnx"), [x]).agrees
+
+
+def test_what_the_files_say_and_the_model_has_no_place_for_is_refused(tmp_path):
+    state = dict(Normed().state_dict())
+    save_file(state | {"a.weight_scale": torch.ones(1)}, tmp_path / "m.safetensors")
+    with pytest.raises(LoadError, match=r"no place in the model: a\.weight_scale"):
+        from_disk(Normed, tmp_path)
+    save_file(state | {"a.weight": state["a.weight"].to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    with pytest.raises(LoadError, match="stored as F8_E4M3"):
+        from_disk(Normed, tmp_path)
+
+
+def test_a_store_keeps_the_scale_over_block_scales(tmp_path):
+    model, x = Normed().eval(), torch.randn(16, 32)
+    graphs = []
+    for store in (None, tmp_path / "store"):
+        graph = graphq.prepare(model, tiny(QuantSpec(format="nvfp4")), (x,), target="tensorrt")
+        graphs.append(graphq.convert(graphq.calibrate(graph, [x], progress=False, store=store)))
+    reads = [len(onnx_nodes(graphq.export(g, tmp_path / "m.onnx"))) for g in graphs]
+    assert reads[0] == reads[1] and torch.equal(graphs[0](x), graphs[1](x))
+
+
+def onnx_nodes(path):
+    import onnx
+
+    return [n for n in onnx.load(path).graph.node if n.op_type == "DequantizeLinear"]
+
+
 def test_what_a_store_cannot_keep_and_what_a_model_on_disk_cannot_do_are_refused(checkpoint, whole, tmp_path):
     with pytest.raises(ConfigError, match="one after the other"):
         graphq.calibrate(prepared(in_memory(checkpoint), config(algorithms=())), DATA, store=tmp_path / "store")
     static = QuantConfig.load("int8").with_rules(Rule(select="*lm_head | embedding", reason="the head"))
     with pytest.raises(StateError, match="weights are on disk"):
         graphq.calibrate(prepared(Logits(from_disk(build, checkpoint)), static), DATA, progress=False)
+    with pytest.raises(StateError, match="weights are on disk"):
+        graphq.qat(graphq.calibrate(prepared(Logits(from_disk(build, checkpoint)), config(algorithms=())), DATA))
     with pytest.raises(LoadError, match="48"):
         from_disk(
             lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | {"intermediate_size": 64})),

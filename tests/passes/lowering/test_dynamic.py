@@ -134,6 +134,15 @@ def test_scales_that_the_kernel_does_not_find_are_refused(change):
         graphq.prepare(nn.Linear(8, 8), config, (torch.randn(2, 8),))
 
 
+@pytest.mark.parametrize("preset", ["int8_dynamic", "int8_dynamic_token"])
+def test_a_guard_that_counts_on_calibration_counts_on_nothing_here(preset):
+    torch.manual_seed(0)
+    model, data = nn.Linear(64, 16).eval(), [torch.rand(8, 64)]
+    places = [graphq.get_target("onnxruntime", cpu="avx2", guard=guard) for guard in (True, "calibrated")]
+    a, b = (graphq.quantize(model, preset, data, target=place, progress=False)(data[0]) for place in places)
+    assert torch.equal(a, b)
+
+
 def test_weights_are_guarded_where_the_kernel_saturates(tmp_path):
     torch.manual_seed(0)
     model, data = nn.Linear(64, 16).eval(), [torch.rand(8, 64)]

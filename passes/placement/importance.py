@@ -52,12 +52,12 @@ def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, Weig
     found = []
     for node in gm.graph.nodes:
         decision = decision_of(node)
-        weight = parameter(gm, decision.weight) if decision is not None else None
-        if decision is None or weight is None:
+        if decision is None or decision.weight is None:
             continue
         _, call = quantizer_calls(decision)
         observer = quantizer_at(gm, call).observer if call is not None else None
-        if not isinstance(observer, WeightedMseGrid):
+        weight = parameter(gm, decision.weight) if isinstance(observer, WeightedMseGrid) else None
+        if weight is None or not isinstance(observer, WeightedMseGrid):
             continue
         view = LayerView(gm, node)
         if view.family not in FAMILIES:

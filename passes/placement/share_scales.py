@@ -25,9 +25,11 @@ def shared_magnitudes(gm: fx.GraphModule) -> dict[TensorQuantizer, Tensor]:
         if decision is None or decision.weight is None or LayerView(gm, node).family != "linear":
             continue
         _, call = quantizer_calls(decision)
-        weight = parameter(gm, decision.weight)
         quantizer = quantizer_at(gm, call) if call is not None else None
-        if quantizer is None or weight is None or quantizer.spec.scale not in TWO_LEVEL:
+        if quantizer is None or quantizer.spec.scale not in TWO_LEVEL:
+            continue
+        weight = parameter(gm, decision.weight)
+        if weight is None:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)

@@ -30,6 +30,7 @@ from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError, StateError
 from graphq.graph.decision import decision_of
 from graphq.graph.expert_ops import bounds
+from graphq.graph.garbage import give_back
 from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
@@ -124,6 +125,8 @@ class _Walk:
                 moments = moments_of(alike[0], inputs, wanted, self.rounded)
                 for layer in alike:
                     self._quantize(layer, moments)
+            if every[0].is_on_disk:
+                give_back()
 
     def undo(self) -> None:
         """Leave the graph as it was."""

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from weight_only import Logits
 
 LARGE = {"hidden_size": 3072, "intermediate_size": 4096, "num_attention_heads": 24, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4}
@@ -40,15 +41,6 @@ CONFIG = QuantConfig(
     rules=(Rule(select="linear", scheme=Scheme(weight=SPEC)), Rule(select="*lm_head", reason="the head")),
     algorithms=("gptq",),  # type: ignore[arg-type]
 )
-
-
-class Logits(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def llama(shape: dict[str, int], layers: int) -> torch.nn.Module:

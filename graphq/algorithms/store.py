@@ -37,7 +37,7 @@ class ChosenWeight:
 
     def read(self) -> Tensor:
         """The weight [out, in, …], float32."""
-        part = self._parts()
+        part = self.tensors()
         spec, shape = self.spec, json.loads(self.about["shape"])
         matrix = dequantize(part["codes"], part["scale"], part["zero_point"], self.block, spec.number_format)
         return from_k(matrix, torch.Size(shape)) if self.about["family"] == "conv" else matrix.reshape(shape)
@@ -68,10 +68,7 @@ class ChosenWeight:
         return tuple(json.loads(self.about["block"]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """codes [out, K], scale and zero_point one for each block of `spec`, overall []."""
-        return self._parts()
-
-    def _parts(self) -> dict[str, Tensor]:
+        """codes [out, K], scale and zero_point one for each block of `spec`, overall []. Raises LoadError."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 import graphq
+from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.graph.expert_ops import EXPERTS, experts
 from graphq.passes.canonical import canonical_pipeline
@@ -13,15 +13,6 @@ from graphq.quantizer import quantizers
 transformers = pytest.importorskip("transformers")
 COUNT, UNSEEN = 6, 4  # of them, and the one that no token reaches
 FREE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-
-
-class Logits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graphq
+from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import ConfigError, LoadError, StateError
 from graphq.graph.on_disk import from_disk, on_disk, values_of
@@ -22,15 +23,6 @@ CONFIG = {
 }  # fmt: skip
 WEIGHT = QuantSpec(format="int4", granularity="group", group_size=16, observer="mse_grid")
 DATA = [torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(n)) for n in range(3)]
-
-
-class Logits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def build():
@@ -105,7 +97,7 @@ def test_a_model_on_disk_gets_the_weights_that_it_gets_in_memory(checkpoint, who
 
 SCRIPT = """
 import sys, torch, graphq
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {here!r}.rpartition("/")[0]]
 import test_store as t
 graphq.calibrate(t.prepared(t.Logits(t.from_disk(t.build, {checkpoint!r}))), t.DATA, progress=False, store={store!r})
 """

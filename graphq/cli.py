@@ -26,6 +26,7 @@ from graphq.evaluate.compare import compare as compare_graphs
 from graphq.evaluate.taps import load_model as load_onnx
 from graphq.evaluate.taps import session
 from graphq.evaluate.verify import feed_of, flat_outputs, verify
+from graphq.graph.devices import device_of, moved
 from graphq.graph.invariants import checking
 from graphq.loading import load_data, load_model
 from graphq.passes.targets import Target, get_target, options_of
@@ -196,9 +197,9 @@ def compare(
     run = session(onnx)
     metrics = OutputMetrics()
     for batch in batches:
-        args, kwargs = _example(batch)
+        args, kwargs = moved(_example(batch), device_of(graph))
         with torch.no_grad():
-            expected = flat_outputs(graph(*args, **kwargs))
+            expected = [t.cpu() for t in flat_outputs(graph(*args, **kwargs))]
         metrics.add(expected, [torch.from_numpy(o) for o in run.run(None, feed_of(graph, args, kwargs))])
     result = metrics.result()
     if as_json:

@@ -103,7 +103,7 @@ def _pooled(output: Tensor, given: dict[str, Tensor]) -> Tensor:
     """A vector for a sentence: the mean over its tokens, where the model gives one for each."""
     if output.ndim != 3:
         return output
-    mask = given.get("attention_mask", torch.ones(output.shape[:2])).unsqueeze(-1).to(output.dtype)
+    mask = given.get("attention_mask", torch.ones(output.shape[:2])).unsqueeze(-1).to(output)
     return (output * mask).sum(1) / mask.sum(1)
 
 

@@ -56,7 +56,7 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
     for name, value in given.items():
         if state[name].shape != value.shape:
             raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")
-        state[name].data = value.to(state[name].dtype).clone()
+        state[name].data = value.to(state[name]).clone()
     return result
 
 

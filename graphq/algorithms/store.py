@@ -144,11 +144,13 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(f"{list(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
 
 
-def placeholders(chosen: ChosenWeight) -> tuple[Tensor, Tensor, Tensor]:
+def placeholders(chosen: ChosenWeight, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(the weight, its scale, its zero point), all on disk."""
     part = chosen.tensors()
-    scale, zero = (placeholder(part[key].shape, _Part(chosen, key), part[key].dtype) for key in ("scale", "zero_point"))
-    return placeholder(json.loads(chosen.about["shape"]), chosen), scale, zero
+    scale, zero = (
+        placeholder(part[key].shape, _Part(chosen, key), part[key].dtype, device) for key in ("scale", "zero_point")
+    )
+    return placeholder(json.loads(chosen.about["shape"]), chosen, device=device), scale, zero
 
 
 def stored_weights(folder: str | Path) -> Iterator[ChosenWeight]:

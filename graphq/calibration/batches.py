@@ -10,17 +10,21 @@ from torch import Tensor, fx
 
 from graphq.errors import CalibrationError
 from graphq.graph.capture import example_of
+from graphq.graph.devices import moved
 
 NO_DATA = "Give an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model."
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # (args, kwargs)
 
 
-def batches_of(data: Any) -> Iterator[Batch]:
-    """(args, kwargs) for every batch: a tensor is one argument, a tuple or list several, a mapping goes by name."""
+def batches_of(data: Any, device: torch.device | None = None) -> Iterator[Batch]:
+    """(args, kwargs) for every batch: a tensor is one argument, a tuple or list several, a mapping goes by name.
+
+    device: where their tensors are wanted.
+    """
     if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, not batches of inputs", remedy=NO_DATA)
-    for batch in data:
+    for batch in data if device is None else (moved(b, device) for b in data):
         if isinstance(batch, Mapping):
             yield (), dict(batch)
         elif isinstance(batch, (tuple, list)):

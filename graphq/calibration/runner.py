@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, fx
+from torch import fx
 
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch, images_together
 from graphq.errors import CalibrationError, StateError
+from graphq.graph.devices import device_of
 from graphq.graph.on_disk import on_disk
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def run_calibration(
         with torch.no_grad():
             data(gm)
         return 1
-    batches = batches_of(data)
+    batches = batches_of(data, device_of(gm))
     first = next(batches, None)
     if first is None:
         raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
@@ -43,14 +44,13 @@ def run_calibration(
             remedy="Quantize weights alone, or find the scales of inputs at run time (dynamic: true).",
         )
     total = len(data) if hasattr(data, "__len__") else None
-    device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
     count = 0
     limit = TOGETHER if together else 1
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not progress) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=total)
         for many, (args, kwargs) in images_together(gm, itertools.chain([first], batches), limit):
-            gm(*_to(args, device), **_to(kwargs, device))
+            gm(*args, **kwargs)
             count += many
             bar.advance(task, many)
     return count
@@ -62,7 +62,3 @@ def progress_of(items: Iterable[T], label: str, *, show: bool) -> Iterator[T]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not show) as bar:
         yield from bar.track(items, description=label)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, value)

@@ -7,7 +7,6 @@ on; `original` sees the one that it replaced.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch
 from graphq.errors import CalibrationError
 from graphq.graph.capture import example_of, flat_inputs
+from graphq.graph.devices import device_of
 from graphq.graph.on_disk import values_of
 from graphq.graph.view import held
 
@@ -40,16 +40,14 @@ class Stream:
         if original:
             self.originals = {n: self._held(n) for n in gm.graph.nodes if self._constant(n)}
         self.last = {n: max((self.place[u] for u in n.users if u in self.place), default=-1) for n in self.order}
-        device = next((p.device for p in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
         self.values: list[dict[fx.Node, Any]] = []
         self.masks: list[Tensor | None] = []
         inputs = gm.graph.find_nodes(op="placeholder")
-        for number, (args, kwargs) in enumerate(batches_of(data)):
+        for number, (args, kwargs) in enumerate(batches_of(data, device_of(gm))):
             check_batch(gm, args, kwargs, number)
-            moved = [v.to(device) if isinstance(v, Tensor) else v for v in flat_inputs(gm, args, kwargs)]
-            self.values.append(dict(zip(inputs, moved, strict=True)))
+            self.values.append(dict(zip(inputs, flat_inputs(gm, args, kwargs), strict=True)))
             mask = (dict(zip(example_of(gm).dynamic_shapes, args, strict=False)) | kwargs).get(MASK)
-            self.masks.append(mask.to(device).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            self.masks.append(mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         if not self.values:
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
 

@@ -15,6 +15,7 @@ from graphq.errors import CalibrationError
 from graphq.evaluate.verify import flat_outputs
 from graphq.graph.capture import capture, example_of, flat_inputs
 from graphq.graph.decision import decision_of
+from graphq.graph.devices import device_of
 from graphq.graph.fork import fork
 from graphq.graph.several import expect_one
 from graphq.graph.view import LayerView
@@ -107,7 +108,7 @@ def compare(model: Any, quantized: fx.GraphModule, data: Any, *, per_op: bool = 
     reference = _float_graph(model, quantized)
     names = _names(quantized) if per_op else set()
     metrics, errors = OutputMetrics(), dict[str, list[float]]()
-    for number, (args, kwargs) in enumerate(batches_of(data)):
+    for number, (args, kwargs) in enumerate(batches_of(data, device_of(quantized))):
         check_batch(quantized, args, kwargs, number)
         with torch.no_grad():
             sides = [_Watch(gm, names) for gm in (reference, quantized)]

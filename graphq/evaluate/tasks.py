@@ -40,7 +40,7 @@ def perplexity(
         if first >= len(part):
             break
         logits = torch.as_tensor(logits_of(given[None]))[0].float()
-        wanted = given[1:]
+        wanted = given[1:].to(logits.device)
         skip = first - 1 if bos is None else first
         lost += torch.nn.functional.cross_entropy(logits[:-1][skip:], wanted[skip:], reduction="sum").item()
         counted += len(wanted) - skip
@@ -57,7 +57,7 @@ def accuracy(outputs_of: Callable[..., Any], data: Iterable[tuple[Any, Tensor]],
     right = count = 0
     for inputs, labels in data:
         logits = torch.as_tensor(_first(_call(outputs_of, inputs)))
-        found = logits.topk(top, -1).indices == labels.reshape(-1, 1)
+        found = logits.topk(top, -1).indices == labels.reshape(-1, 1).to(logits.device)
         right, count = right + int(found.any(-1).sum()), count + len(labels)
     if not count:
         raise CalibrationError("there is nothing to be right about", remedy=NO_DATA)

@@ -33,6 +33,7 @@ from graphq.evaluate.islands import SimulatedKernels
 from graphq.evaluate.openvino import OpenVino
 from graphq.evaluate.taps import Taps, load_model, session
 from graphq.graph.capture import flat_inputs
+from graphq.graph.devices import CPU, on_cpu
 from graphq.graph.dynamic_ops import DYNAMIC_QGEMM, TOKEN_QGEMM
 from graphq.graph.integer_ops import name_in_file
 from graphq.graph.nbits_ops import MATMUL_NBITS
@@ -135,9 +136,10 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     """Compare a converted graph with the ONNX file that was exported from it, on real inputs, in ONNX Runtime.
 
     Files for other runtimes are taken at their word: without an optimizer, op by op; those for OpenVINO are also run by
-    it, end to end.
+    it, end to end. A graph on another device is verified as a copy on the CPU, where the runtimes are.
     """
     expect_one(converted, "verify")
+    converted = on_cpu(converted)
     if converted.meta["graphq_target"].executor == "inductor":
         return _verify_program(converted, path, data)
     target = converted.meta["graphq_target"]
@@ -159,7 +161,7 @@ def verify(converted: fx.GraphModule, path: str | Path, data: Any) -> Verificati
     runs: dict[str, list[list[Tensor]]] = {
         k: [] for k in ("runtime", "tapped", "simulation", "kernels", "floats", "floor", "executed")
     }
-    for number, (args, kwargs) in enumerate(batches_of(data)):
+    for number, (args, kwargs) in enumerate(batches_of(data, CPU)):
         check_batch(converted, args, kwargs, number)
         feed = feed_of(converted, args, kwargs)
         if len(feed) == len(inputs_of_file):  # an input that is an output too has another name there
@@ -206,7 +208,7 @@ def _verify_program(converted: fx.GraphModule, path: str | Path, data: Any) -> V
     program, compiled = load_program(path).module(), compile_program(path)
     simulation = converted.meta["graphq_target"].reference(converted)
     runs: dict[str, list[list[Tensor]]] = {k: [] for k in ("simulation", "program", "compiled")}
-    for number, (args, kwargs) in enumerate(batches_of(data)):
+    for number, (args, kwargs) in enumerate(batches_of(data, CPU)):
         check_batch(converted, args, kwargs, number)
         with torch.no_grad():
             for name, run in (("simulation", simulation), ("program", program), ("compiled", compiled)):
@@ -296,7 +298,8 @@ def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 def feed_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
     """Inputs by the names that the ONNX file gives them: those of the placeholders."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-    return {k: v.numpy() for k, v in zip(names, flat_inputs(gm, args, kwargs), strict=True) if isinstance(v, Tensor)}
+    given = zip(names, flat_inputs(gm, args, kwargs), strict=True)
+    return {k: v.cpu().numpy() for k, v in given if isinstance(v, Tensor)}
 
 
 def flat_outputs(value: Any) -> list[Tensor]:

@@ -12,12 +12,13 @@ from torch import fx
 from graphq.errors import ExportError
 from graphq.export.onnx import quiet, writable
 from graphq.graph.capture import example_of
+from graphq.graph.devices import on_cpu
 from graphq.graph.generated import generate
 
 
 def export_program(lowered: fx.GraphModule, path: str | Path) -> Path:
-    """All of it or nothing. Raises ExportError if the path cannot be written."""
-    path = writable(Path(path), ".pt2")
+    """All of it or nothing, for a CPU. Raises ExportError if the path cannot be written."""
+    path, lowered = writable(Path(path), ".pt2"), on_cpu(lowered)
     example = example_of(lowered)
     with quiet(), torch.no_grad():
         generate(lowered)

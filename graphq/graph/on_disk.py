@@ -46,9 +46,12 @@ class InFile:
             raise LoadError(f"the weights cannot be read: {e}", where=f"{self.path}: {self.key}") from e
 
 
-def placeholder(shape: Sequence[int], source: Source, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor that stands for one on disk."""
-    empty = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype).expand(tuple(shape))
+def placeholder(
+    shape: Sequence[int], source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A tensor that stands for one on disk, and is wanted on this device."""
+    value = float("nan") if dtype.is_floating_point else 0
+    empty = torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))
     setattr(empty, SOURCE, source)
     return empty
 
@@ -61,15 +64,15 @@ def on_disk(tensor: Tensor) -> bool:
 def values_of(tensor: Tensor) -> Tensor:
     """The tensor itself, or what it stands for, read from disk."""
     source: Source | None = getattr(tensor, SOURCE, None)
-    return tensor if source is None else source.read()
+    return tensor if source is None else source.read().to(tensor.device)
 
 
-def from_disk(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
+def from_disk(build: Callable[[], nn.Module], folder: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """A model whose parameters stay in the safetensors files of a folder (one, or shards with their index).
 
     build: makes the model, `lambda: AutoModelForCausalLM.from_config(config)`; its parameters take no memory meanwhile,
-    its buffers are read. Quantizing reads each weight when its turn has come, as float32. Raises LoadError where model
-    and files do not have the same tensors, in the same shapes, as floats.
+    its buffers are read. Quantizing reads each weight when its turn has come, as float32. device: where they are read
+    to. Raises LoadError where model and files do not have the same tensors, in the same shapes, as floats.
     """
     folder = Path(folder)
     with _empty_parameters():
@@ -83,13 +86,12 @@ def from_disk(build: Callable[[], nn.Module], folder: str | Path) -> nn.Module:
                 continue
             name = names.get(id(parameter), f"{path}.{leaf}".removeprefix("."))
             if id(parameter) not in known:
-                known[id(parameter)] = _parameter(name, parameter, files, folder)
+                known[id(parameter)] = _parameter(name, parameter, files, folder, device)
             module._parameters[leaf] = known[id(parameter)]
         for leaf, buffer in list(module._buffers.items()):
             name = f"{path}.{leaf}".removeprefix(".")
-            if buffer is not None and name in files:
-                with safe_open(files[name], framework="pt") as file:
-                    module._buffers[leaf] = file.get_tensor(name).to(buffer.dtype).reshape(buffer.shape)
+            if buffer is not None:
+                module._buffers[leaf] = _buffer(name, buffer, files).to(device)
     _expect_all_read(model, files, folder)
     return model
 
@@ -105,7 +107,17 @@ def _expect_all_read(model: nn.Module, files: dict[str, Path], folder: Path) -> 
         )
 
 
-def _parameter(name: str, empty: nn.Parameter, files: dict[str, Path], folder: Path) -> nn.Parameter:
+def _buffer(name: str, built: Tensor, files: dict[str, Path]) -> Tensor:
+    """As it is in the files, if it is there."""
+    if name not in files:
+        return built
+    with safe_open(files[name], framework="pt") as file:
+        return file.get_tensor(name).to(built.dtype).reshape(built.shape)
+
+
+def _parameter(
+    name: str, empty: nn.Parameter, files: dict[str, Path], folder: Path, device: torch.device | str
+) -> nn.Parameter:
     if name not in files:
         raise LoadError("the files do not have this parameter", where=f"{folder}: {name}",
                         remedy=did_you_mean(name, files))  # fmt: skip
@@ -121,7 +133,7 @@ def _parameter(name: str, empty: nn.Parameter, files: dict[str, Path], folder: P
             where=f"{files[name]}: {name}",
             remedy="Build the model with the config that is beside its weights.",
         )
-    parameter = nn.Parameter(placeholder(shape, InFile(files[name], name)), requires_grad=False)
+    parameter = nn.Parameter(placeholder(shape, InFile(files[name], name), device=device), requires_grad=False)
     setattr(parameter, SOURCE, InFile(files[name], name))
     return parameter
 

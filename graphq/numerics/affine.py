@@ -173,8 +173,8 @@ def _aligned(x: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int])
 
 
 def _parts(values: Tensor) -> list[slice]:
-    """Rows of a tensor, so many at a time that they stay in the cache from one step to the next."""
-    if values.ndim == 0 or values.numel() <= CACHED:
+    """Rows of a tensor, so many at a time that they stay in a CPU's cache from one step to the next."""
+    if values.ndim == 0 or values.numel() <= CACHED or values.device.type != "cpu":
         return [slice(None)] if values.ndim else [...]  # type: ignore[list-item]
     step = max(1, CACHED * len(values) // values.numel())
     return [slice(i, i + step) for i in range(0, len(values), step)]

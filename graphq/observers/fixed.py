@@ -27,7 +27,8 @@ class Fixed:
         self.device = x.device
 
     def merge(self, other: Fixed) -> None:
-        """There is nothing to merge."""
+        """There is nothing to merge, but the place where data were."""
+        self.device = other.device
 
     def range(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.lo, device=self.device), torch.tensor(self.hi, device=self.device)

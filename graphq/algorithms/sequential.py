@@ -36,6 +36,7 @@ from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
 from graphq.passes.placement import shared_magnitudes
 
+STRIPES = 6  # in which half a matrix is computed
 TRIAL = QuantSpec(format="int8", granularity="channel")
 WeightFunction = Callable[..., Tensor]
 FUNCTIONS: dict[str, WeightFunction] = {}
@@ -173,9 +174,9 @@ class _Walk:
                 remedy="Name a new folder, or delete this one.",
             )
         self.results.append(result)
-        weight, scale, zero = placeholders(stored)
+        weight, scale, zero = placeholders(stored, original.device)
         if not layer.is_on_disk:
-            weight, scale, zero = (values_of(t).to(original.device) for t in (weight, scale, zero))
+            weight, scale, zero = (values_of(t) for t in (weight, scale, zero))
         overall = stored.tensors()["overall"].to(original.device)
         layer.settle_on(weight, scale, zero, overall, self.name, result.words())
         return True
@@ -233,8 +234,8 @@ def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, 
     count = 0
     for number, x in enumerate(inputs):
         rows = input_rows(layer, x, stream.masks[number])
-        moment = rows.transpose(1, 2) @ rows
-        total = moment if total is None else total + moment
+        total = rows.new_zeros(len(rows), *[rows.shape[2]] * 2) if total is None else total
+        _add_upper_triangle(total, rows)
         count += rows.shape[1]
         if wanted is not None:
             lost = input_rows(layer, wanted[number], stream.masks[number]) - rows
@@ -242,7 +243,16 @@ def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, 
             cross = moment if cross is None else cross + moment
     if total is None:
         raise CalibrationError("no calibration data reaches this layer", where=layer.view.where())
+    total = total.triu() + total.triu(1).transpose(1, 2)
     return Moments(total, list(cross) if cross is not None else [None] * len(total), count)
+
+
+def _add_upper_triangle(total: Tensor, rows: Tensor) -> None:
+    """total [groups, in, in] += rowsᵀ·rows, but for blocks of it that lie under the diagonal."""
+    step = -(-total.shape[1] // STRIPES)
+    for start in range(0, total.shape[1], step):
+        part = rows[:, :, start : start + step].transpose(1, 2)
+        total[:, start : start + step, start:].baddbmm_(part, rows[:, :, start:])
 
 
 def _moments_of_experts(inputs: list[Tensor], offsets: list[Tensor]) -> Moments:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def our_layer(size: int, rows: int) -> dict[str, float]:
 
 def call(command: list[str]) -> dict[str, float] | str:
     """What a child process prints last, or why it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or command[0] == sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=env)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -18,12 +18,14 @@ from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.samples import RowSamples
 from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
+from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
 from graphq.numerics.affine import blocks_of, expand
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
 SMALLEST = 1e-4
+COARSE = 20  # grid of an observer that searches
 ROWS = 256  # of every tensor, evenly spaced: more change no choice and take longer
 
 
@@ -77,8 +79,14 @@ def _importance(own: list[Tensor], blocks: list[tuple[int, ...]]) -> Tensor:
 def _loss(own: list[Tensor], quantizers: list, rows: Tensor, scale: Tensor) -> float:  # type: ignore[type-arg]
     total = 0.0
     for weight, quantizer in zip(own, quantizers, strict=True):
-        scaled = weight * scale
-        spec = quantizer.spec.model_copy(update={"observer": "minmax", "observer_args": {}})  # a search in a search
-        rounded = Grid(spec, quantizer.block, scaled).rounded(scaled) / scale
+        scaled, seen = weight * scale, (rows / scale).square().mean(0)
+        rounded = Grid(_coarse(quantizer.spec), quantizer.block, scaled, importance=seen).rounded(scaled) / scale
         total += (rows @ (rounded - weight).T).square().sum().item()
     return total
+
+
+def _coarse(spec: QuantSpec) -> QuantSpec:
+    """With fewer steps, where ranges are searched for: a search in a search."""
+    searched = spec.observer in ("mse_grid", "imatrix_mse")
+    args = {**spec.observer_args, "grid": COARSE} if searched else {}
+    return spec.model_copy(update={"observer": spec.observer if searched else "minmax", "observer_args": args})

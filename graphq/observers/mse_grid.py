@@ -61,9 +61,22 @@ class MseGrid(MovingAverage):
 
 @OBSERVERS.register("imatrix_mse")
 class WeightedMseGrid(MseGrid):
-    """`mse_grid` with each error of a weight times the mean square of the input that it meets (importance matrix)."""
+    """`mse_grid` with each squared error of a weight times the mean square of the input that it meets (importance
+    matrix): what its products lose, as far as inputs are not correlated."""
 
     importance: Tensor | None = None  # goes with the weight by broadcasting; given before the weight is seen
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        block: tuple[int, ...],
+        rate: float = 1.0,
+        shrink: float = 0.4,
+        grid: int = 100,
+        norm: float = 2.0,
+        patience: int = 5,
+    ) -> None:
+        super().__init__(spec, block, rate, shrink, grid, norm, patience)
 
     def _cost(self, error: Tensor) -> Tensor:
         if self.importance is None:

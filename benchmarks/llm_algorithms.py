@@ -39,11 +39,11 @@ GPTQ, QEP = {"name": "gptq"}, {"name": "gptq", "args": {"qep": 0.5}}
 METHODS = {  # name → (observer of the weights, algorithms)
     "RTN": ("minmax", []),
     "RTN, MSE": ("mse_grid", []),
-    "AWQ": ("mse_grid", ["awq"]),
-    "GPTQ": ("mse_grid", [GPTQ]),
-    "GPTQ + QEP": ("mse_grid", [QEP]),
-    "AWQ + GPTQ": ("mse_grid", ["awq", GPTQ]),
-    "AWQ + GPTQ + QEP": ("mse_grid", ["awq", QEP]),
+    "RTN, weighted MSE": ("imatrix_mse", []),
+    "AWQ": ("imatrix_mse", ["awq"]),
+    "GPTQ": ("imatrix_mse", [GPTQ]),
+    "GPTQ + QEP": ("imatrix_mse", [QEP]),
+    "AWQ + GPTQ": ("imatrix_mse", ["awq", GPTQ]),
 }
 
 

@@ -16,6 +16,8 @@ import time
 
 import torch
 
+sys.path.pop(0)  # transformers looks for a package `kernels`, and there is a script of that name beside this one
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 

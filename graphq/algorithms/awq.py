@@ -21,6 +21,7 @@ from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
+from graphq.graph.garbage import give_back
 from graphq.numerics.affine import blocks_of, expand
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
@@ -45,6 +46,7 @@ def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool
         scale = _searched(graphs[0], group, seen[name], grid, duo) if seen[name].count else None
         if scale is not None:
             scales[name] = scale
+        give_back()
     apply_everywhere(graphs, every, scales)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from graphq.algorithms.base import replace_read
 from graphq.graph.decision import KEY as DECISION
 from graphq.graph.decision import Decision, decision_of
+from graphq.graph.garbage import give_back
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView, parameter, set_parameter, value_of
@@ -116,6 +117,7 @@ def apply_everywhere(
     for gm, named in zip(graphs, found, strict=True):
         for name, scale in scales.items():
             apply_scale(gm, named[name], scale, fold=folds[name])
+            give_back()  # a weight that two scales reach is made twice
         gm.meta[SMOOTHED] = [*gm.meta.get(SMOOTHED, []), *([name, folds[name]] for name in scales)]
         finish(gm)
 

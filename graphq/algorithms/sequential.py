@@ -126,8 +126,7 @@ class _Walk:
                 moments = moments_of(alike[0], inputs, wanted, self.rounded)
                 for layer in alike:
                     self._quantize(layer, moments)
-            if every[0].is_on_disk:
-                give_back()
+            give_back()
 
     def undo(self) -> None:
         """Leave the graph as it was."""

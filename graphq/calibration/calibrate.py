@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms import ALGORITHMS
+from graphq.algorithms.layers import by_input
 from graphq.algorithms.sequential import FUNCTIONS
 from graphq.algorithms.store import WeightStore
 from graphq.calibration.batches import batches_of
@@ -87,7 +88,10 @@ def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
         if not any(on_disk(t) for t in gm.parameters()):
             continue
         observed = [q.label for q in quantizers(gm).values() if not q.constant and q.spec.dynamic is not True]
-        weighted = [q.label for q in quantizers(gm).values() if q.spec.observer == "imatrix_mse"]
+        walked = any(a.name in FUNCTIONS for a in gm.meta["graphq_config"].algorithms)
+        chosen = {id(layer.quantizer) for layers in by_input(gm)[0].values() for layer in layers} if walked else set()
+        every = quantizers(gm).values()
+        weighted = [q.label for q in every if q.spec.observer == "imatrix_mse" and id(q) not in chosen]
         if observed or weighted or gm.meta["graphq_config"].bias_correction:
             raise StateError(
                 "activations are observed while the whole model runs, and its weights are on disk",

@@ -23,10 +23,17 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 WEIGHT_INT4 = QuantSpec(format="uint4", symmetric=False, granularity="group", group_size=64, observer="mse_grid")
-INT4_LINEARS = (
-    Rule(select="linear | experts", scheme=Scheme(weight=WEIGHT_INT4)),
-    Rule(select="embedding | *lm_head", scheme=Scheme(weight=WEIGHT_INT8), optional=True, reason="tables and heads"),
-)
+WEIGHT_INT4_SEEN = WEIGHT_INT4.model_copy(update={"observer": "imatrix_mse"})  # by what its inputs are
+
+
+def _int4_linears(linears: QuantSpec, experts: QuantSpec) -> tuple[Rule, ...]:
+    tables = Scheme(weight=WEIGHT_INT8)
+    return (
+        Rule(select="linear", scheme=Scheme(weight=linears)),
+        Rule(select="experts", scheme=Scheme(weight=experts), optional=True),
+        Rule(select="embedding | *lm_head", scheme=tables, optional=True, reason="tables and heads"),
+    )
+
 
 FLOAT_MATMUL = Rule(
     select="matmul",
@@ -66,11 +73,15 @@ CONFIGS: dict[str, QuantConfig] = {
     "int8_dynamic_token": QuantConfig(
         name="int8_dynamic_token", rules=(Rule(select="*", scheme=SCHEMES["int8_dynamic_token"]), *FLOAT_ATTENTION)
     ),
-    "int4": QuantConfig(name="int4", rules=INT4_LINEARS),
-    "int4_awq": QuantConfig(name="int4_awq", rules=INT4_LINEARS, algorithms=("awq",)),  # type: ignore[arg-type]
+    "int4": QuantConfig(name="int4", rules=_int4_linears(WEIGHT_INT4, WEIGHT_INT4)),
+    "int4_awq": QuantConfig(
+        name="int4_awq",
+        rules=_int4_linears(WEIGHT_INT4_SEEN, WEIGHT_INT4),
+        algorithms=("awq",),  # type: ignore[arg-type]
+    ),
     "int4_gptq": QuantConfig(
         name="int4_gptq",
-        rules=INT4_LINEARS,
+        rules=_int4_linears(WEIGHT_INT4_SEEN, WEIGHT_INT4_SEEN),
         algorithms=(Algorithm(name="gptq", args={"qep": 0.5}),),
     ),
     "int8_weight_only": QuantConfig(

@@ -55,7 +55,8 @@ def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, Weig
         if decision is None or decision.weight is None:
             continue
         _, call = quantizer_calls(decision)
-        observer = quantizer_at(gm, call).observer if call is not None else None
+        quantizer = quantizer_at(gm, call) if call is not None else None
+        observer = quantizer.observer if quantizer is not None and not quantizer.settled else None
         weight = parameter(gm, decision.weight) if isinstance(observer, WeightedMseGrid) else None
         if weight is None or not isinstance(observer, WeightedMseGrid):
             continue

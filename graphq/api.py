@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -173,18 +173,26 @@ def _expect_float32(gm: fx.GraphModule) -> None:
             )
 
 
-def calibrate(prepared: Prepared, data: Any, *, progress: bool = True, store: str | Path | None = None) -> Prepared:
+def calibrate(
+    prepared: Prepared,
+    data: Any,
+    *,
+    progress: bool = True,
+    store: str | Path | None = None,
+    frontier: Literal["memory", "disk"] = "memory",
+) -> Prepared:
     """Show data to the observers and fix all scales; afterwards the graph simulates the quantized model.
 
     prepared: a graph, or the graphs of several targets; the data run once.
     data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
     store: a folder in which weights are kept that algorithms choose one after the other (gptq, rtn). A run that was
         stopped goes on from there, and a model that is on disk (`from_disk`) needs memory for one weight at a time.
+    frontier: where the samples are kept between two layers meanwhile: in memory, or in the store's folder.
     """
     graphs = _each(prepared)
     for gm in graphs:
         _expect(gm, "prepared", "calibrate", "Call graphq.prepare first; calibration changes weights and biases.")
-    calibrate_graphs(graphs, data, progress=progress, store=store)
+    calibrate_graphs(graphs, data, progress=progress, store=store, frontier=frontier)
     for gm in graphs:
         gm.meta[STAGE] = "calibrated"
     return prepared

@@ -22,7 +22,8 @@ from graphq.graph.decision import decision_of
 from graphq.graph.fork import fork
 from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import finish
-from graphq.graph.view import MADE, parameter
+from graphq.graph.recurrent_ops import LSTM
+from graphq.graph.view import MADE, LayerView, parameter
 from graphq.observers import make_observer
 from graphq.quantizer import Learn, quantizers
 
@@ -36,7 +37,7 @@ def qat(calibrated: fx.GraphModule, scales: Scales = "lsq", *, clip: bool = True
 
     scales: "frozen" as calibrated; "lsq" learned; "lsq+" learned with their zero points; "tqt" powers of two, learned.
     clip: gradients stop where a code was clamped; False lets all of them through.
-    Raises StateError for a graph that is not calibrated.
+    Raises StateError for a graph that is not calibrated, or has quantized LSTMs.
     """
     if scales not in LEARN:
         raise ConfigError(f"unknown way to train scales: {scales!r}", remedy=did_you_mean(scales, get_args(Scales)))
@@ -44,6 +45,12 @@ def qat(calibrated: fx.GraphModule, scales: Scales = "lsq", *, clip: bool = True
         raise StateError(
             "quantization-aware training starts from a calibrated graph",
             remedy="graphq.qat(graphq.calibrate(graphq.prepare(…), data)); fold_weights cannot be undone.",
+        )
+    for node in calibrated.graph.find_nodes(op="call_function", target=LSTM):
+        raise StateError(
+            "an LSTM that is quantized at run time has no gradient",
+            where=LayerView(calibrated, node).where(),
+            remedy="Leave it float with a rule, and train the rest.",
         )
     gm = own_tensors(fork(calibrated))
     finish(gm)  # tensors that passes have replaced would never get a gradient

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 INT4 = QuantSpec(format="int4", granularity="group", group_size=16, observer="mse_grid")
 INT8 = QuantSpec(format="uint8", symmetric=False)
 PRESETS = [*sorted(set(CONFIGS) - set(KNOWN_CONFIGS)), "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "FP8_DEFAULT_CFG"]
-ALGORITHMS = ["rtn", "gptq", "fpi_gptq", "adaround", "awq", "smoothquant", {"name": "gptq", "args": {"qep": 0.5}}]
+QEP = {"name": "gptq", "args": {"qep": 0.5}}
+ALGORITHMS = ["rtn", "gptq", QEP, "gptaq", "fpi_gptq", "adaround", "awq", "smoothquant"]
 TOKENS = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
@@ -132,6 +133,29 @@ def test_a_graph_of_a_device_is_exported_and_verified(tmp_path):
     graph = quantized(Net().eval(), "int8", images(), "cuda", target="onnxruntime")
     path = graphq.export(graph, tmp_path / "net.onnx")
     assert graphq.verify(graph, path, images()[-1:]).agrees
+
+
+def test_two_layers_are_equalized_on_the_device():
+    spec = Scheme(weight=QuantSpec(format="int8", granularity="tensor"), input=INT8)
+    config = QuantConfig(rules=(Rule(select="conv | linear", scheme=spec),), algorithms=("equalization",))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    wanted, found = both(model.eval(), config, images())
+    assert sqnr(wanted, found) > 25
+
+
+def test_weights_on_disk_are_read_to_the_device(tmp_path):
+    model, x = llama(), tokens()[-1]
+    model.model.save_pretrained(tmp_path / "model")
+    config = QuantConfig(rules=(Rule(select="linear", scheme=Scheme(weight=INT4)),), algorithms=("gptq",))
+    build = lambda: transformers.LlamaForCausalLM(model.model.config)  # noqa: E731
+    results = []
+    for device in ("cpu", "cuda"):
+        loaded = Logits(graphq.from_disk(build, tmp_path / "model", device))
+        prepared = graphq.prepare(loaded, config, (x.to(device),), target="simulation", dynamic_shapes=(TOKENS,))
+        graphq.calibrate(prepared, tokens(), progress=False, store=tmp_path / device, frontier="disk")
+        with torch.no_grad():
+            results.append(graphq.apply_stored(tmp_path / device, llama())(x))
+    assert sqnr(*results) > 15
 
 
 def test_a_saved_graph_is_loaded_onto_a_device(tmp_path):

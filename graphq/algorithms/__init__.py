@@ -1,7 +1,19 @@
 """Algorithms that prepare weights for quantization, by name: `QuantConfig(algorithms=["smoothquant"])`."""
 
-from graphq.algorithms import adaround, awq, fpi_gptq, gptq, rtn, smoothquant
+from graphq.algorithms import adaround, awq, equalization, fpi_gptq, gptaq, gptq, rtn, smoothquant
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.sequential import weight_algorithm
 
-__all__ = ["ALGORITHMS", "Run", "adaround", "awq", "fpi_gptq", "gptq", "rtn", "smoothquant", "weight_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Run",
+    "adaround",
+    "awq",
+    "equalization",
+    "fpi_gptq",
+    "gptaq",
+    "gptq",
+    "rtn",
+    "smoothquant",
+    "weight_algorithm",
+]

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
-from graphq.algorithms.samples import RowSamples
+from graphq.algorithms.samples import RowSamples, mask_watchers
 from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
@@ -39,8 +39,9 @@ def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
     if not found:
         raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")
-    seen = {name: RowSamples(ROWS) for name in found}
-    run([(g.source, seen[name]) for name, g in found.items()])
+    masks = mask_watchers(graphs[0])
+    seen = {name: RowSamples(ROWS, masks) for name in found}
+    run([*masks, *((g.source, seen[name]) for name, g in found.items())])
     scales = {}
     for name, group in run.progress(found.items(), "awq"):
         scale = _searched(graphs[0], group, seen[name], grid, duo) if seen[name].count else None

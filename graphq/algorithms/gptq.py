@@ -44,18 +44,23 @@ def gptq(
         )
     if not hessian.any():
         return grid.rounded(weight)  # its inputs are zero in all data
-    if order == "activation":
-        places = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    else:
-        places = torch.arange(len(hessian), device=weight.device)
+    places, back = in_order(hessian, activation=order == "activation")
     factor = inverse_factor(hessian[places][:, places], damping)
     if groups == "dynamic" and grid.block:
         block = -(-block // grid.width) * grid.width  # whole groups
-    result = _walk(weight[:, places], factor, grid, places.tolist(), block, refit=groups == "dynamic")
-    return torch.empty_like(result).index_copy_(1, places, result)
+    return walk(weight[:, places], factor, grid, places.tolist(), block, refit=groups == "dynamic")[:, back]
 
 
-def _walk(weight: Tensor, factor: Tensor, grid: Grid, places: list[int], block: int, *, refit: bool) -> Tensor:
+def in_order(hessian: Tensor, *, activation: bool = True) -> tuple[Tensor, Tensor]:
+    """(columns, those with the largest inputs first or as they stand; where each of them is then)."""
+    if not activation:
+        places = torch.arange(len(hessian), device=hessian.device)
+        return places, places
+    places = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return places, torch.argsort(places)
+
+
+def walk(weight: Tensor, factor: Tensor, grid: Grid, places: list[int], block: int, *, refit: bool = False) -> Tensor:
     """weight [out, in], its columns in the order of `places` → their rounded values."""
     w = weight.T.contiguous()  # columns are rows here, and errors once they have been rounded
     result, diagonal = torch.empty_like(w), factor.diagonal().tolist()
@@ -70,16 +75,16 @@ def _walk(weight: Tensor, factor: Tensor, grid: Grid, places: list[int], block: 
             w[i].sub_(nearest(w[i], places[i], result[i])).div_(diagonal[i])
             w[i + 1 : stop].addr_(factor[i, i + 1 : stop], w[i], alpha=-1)
 
-    def walk(start: int, stop: int) -> None:
+    def halves(start: int, stop: int) -> None:
         """Half, what its errors make of the other half, and that."""
         if stop - start <= block:
             return columns(start, stop)
         middle = start + -(-(stop - start) // (2 * block)) * block
-        walk(start, middle)
+        halves(start, middle)
         w[middle:stop].addmm_(factor[start:middle, middle:stop].T, w[start:middle], alpha=-1)
-        walk(middle, stop)
+        halves(middle, stop)
 
-    walk(0, len(w))
+    halves(0, len(w))
     return result.T
 
 

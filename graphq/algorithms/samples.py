@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 MOST = 512
+MASK = "attention_mask"  # an input of that name says which tokens count
+
+
+class TokenMask(nn.Module):
+    """Remembers which tokens of the batch that runs count, [n, length]."""
+
+    value: Tensor | None = None
+
+    def forward(self, mask: Tensor) -> None:
+        self.value = mask.detach().bool() if mask.ndim == 2 else None
+
+
+def mask_watchers(gm: fx.GraphModule) -> list[tuple[fx.Node, TokenMask]]:
+    """For the input that says which tokens count, if there is one."""
+    return [(n, TokenMask()) for n in gm.graph.find_nodes(op="placeholder") if n.target == MASK]
 
 
 class RowSamples(nn.Module):
     """Keeps evenly spaced rows of the tensors […, channels] that it is called with, and range and mean magnitude per
     channel.
 
-    Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too.
+    Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too. Tokens
+    that a mask leaves out do not count.
     """
 
     lowest: Tensor
     highest: Tensor
     magnitude: Tensor
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MOST, masks: Sequence[tuple[fx.Node, TokenMask]] = ()) -> None:
         super().__init__()
+        self.masks = [mask for _, mask in masks]
         self.most, self.step, self.count = most, 1, 0
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        x = x.detach()
+        for mask in self.masks:
+            if mask.value is not None and x.shape[:-1] == mask.value.shape:
+                x = x[mask.value]
+        rows = x.reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
         lo, hi = rows.amin(0), rows.amax(0)

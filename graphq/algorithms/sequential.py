@@ -54,24 +54,31 @@ class Moments:
 
 
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
+ASYMMETRIC = "graphq_asymmetric"  # … that wants to know what the inputs have lost
 
 
-def weight_algorithm(name: str, *, together: bool = False) -> Callable[[WeightFunction], WeightFunction]:
+def weight_algorithm(
+    name: str, *, together: bool = False, asymmetric: bool = False
+) -> Callable[[WeightFunction], WeightFunction]:
     """Register a function (weight [out, in], hessian [in, in], grid, *, …) → weight on the grid.
 
     Its keyword arguments are arguments of the algorithm, together with `qep` and `qep_damping`. A layer of several
     groups (of channels, of experts) is several such weights; together: the function gets them all at once, weight
-    [groups, out, in], hessian [groups, in, in].
+    [groups, out, in], hessian [groups, in, in]. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in]
+    or None, and no `qep`.
     """
 
     def register(function: WeightFunction) -> WeightFunction:
         setattr(function, TOGETHER, together)
+        setattr(function, ASYMMETRIC, asymmetric)
 
         def algorithm(
             graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01, **args: Any
         ) -> None:
             if not 0 <= qep <= 1 or qep_damping <= 0:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
+            if asymmetric and qep:
+                raise ConfigError("it makes good what inputs have lost by itself", where=name, remedy="Leave out qep.")
             choose = functools.partial(function, **args)
             one = torch.eye(4)
             trial = (one[None], one[None]) if together else (one, one)
@@ -87,7 +94,8 @@ def weight_algorithm(name: str, *, together: bool = False) -> Callable[[WeightFu
             for walk in walks:
                 walk.finish()
 
-        own = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        every = inspect.signature(function).parameters.values()
+        own = [p for p in every if p.kind is p.KEYWORD_ONLY and p.name != "cross"]
         shared = [p for p in inspect.signature(algorithm).parameters.values() if p.kind is not p.VAR_KEYWORD]
         algorithm.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
         algorithm.__doc__ = function.__doc__
@@ -113,7 +121,7 @@ class _Walk:
             )
         self.shared = shared_magnitudes(gm)
         self.rounded = run.stream(gm)
-        self.exact = run.stream(gm, original=True) if qep else None
+        self.exact = run.stream(gm, original=True) if qep or _wants(choose, ASYMMETRIC) else None
         self.progress, self.store = run.progress, run.store
         self.results: list[WeightResult] = []
 
@@ -147,7 +155,7 @@ class _Walk:
     def _quantize(self, layer: Layer, moments: Moments) -> None:
         weight, parts = layer.matrix(), []
         for w, h, c in zip(weight.chunk(len(moments.hessian)), moments.hessian, moments.cross, strict=True):
-            parts.append(w if c is None else w + self.qep * _correction(w, h, c, self.qep_damping))
+            parts.append(w + self.qep * _correction(w, h, c, self.qep_damping) if self.qep and c is not None else w)
         shared = self.shared.get(layer.quantizer)
         chosen, grid, result = round_weight(layer, torch.cat(parts), moments, self.name, self.choose, shared)
         if self.store is None:
@@ -208,12 +216,21 @@ def round_weight(
 
 def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:
     hessian = moments.hessian
-    if getattr(getattr(choose, "func", choose), TOGETHER, False):
+    if _wants(choose, TOGETHER):
         return choose(weight.unflatten(0, (len(hessian), -1)), hessian, grid).flatten(0, 1)
-    if len(hessian) == 1:
-        return choose(weight, hessian[0], grid)
-    parts = zip(weight.chunk(len(hessian)), hessian, grid.split(len(hessian)), strict=True)
-    return torch.cat([g.rounded(w) if i in moments.unseen else choose(w, h, g) for i, (w, h, g) in enumerate(parts)])
+    asymmetric, chosen = _wants(choose, ASYMMETRIC), []
+    grids = [grid] if len(hessian) == 1 else grid.split(len(hessian))
+    parts = zip(weight.chunk(len(hessian)), hessian, grids, moments.cross, strict=True)
+    for number, (w, h, g, c) in enumerate(parts):
+        if number in moments.unseen:
+            chosen.append(g.rounded(w))
+        else:
+            chosen.append(choose(w, h, g, cross=c) if asymmetric else choose(w, h, g))
+    return torch.cat(chosen)
+
+
+def _wants(choose: WeightFunction, attribute: str) -> bool:
+    return bool(getattr(getattr(choose, "func", choose), attribute, False))
 
 
 def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,14 +41,29 @@ DONE = "graphq_algorithms_done"  # in a graph's meta: names of the algorithms th
 
 
 def calibrate_graphs(
-    graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool, store: str | Path | None = None
+    graphs: Sequence[fx.GraphModule],
+    data: Any,
+    *,
+    progress: bool,
+    store: str | Path | None = None,
+    frontier: Literal["memory", "disk"] = "memory",
 ) -> None:
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
     compute the float model, and a tensor has the same name in each; graphs in which an algorithm has rounded weights do
     not, and are observed one by one."""
     _expect_readable(graphs)
+    if frontier not in ("memory", "disk") or (frontier == "disk" and store is None):
+        raise ConfigError(
+            f"a frontier {frontier!r}",
+            where="calibrate",
+            remedy="'memory', or 'disk' together with a store, where it lies.",
+        )
     data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
-    _run_algorithms(graphs, data, progress, None if store is None else store_for(graphs, data, store))
+    run = _Run(graphs[0], data, progress, None if store is None else store_for(graphs, data, store), frontier)
+    try:
+        _run_algorithms(graphs, run)
+    finally:
+        run.close()
     apart = any(q.settled for gm in graphs for q in quantizers(gm).values())
     for together in [[gm] for gm in graphs] if apart else [graphs]:
         _observe(together, data, progress=progress)
@@ -128,10 +144,8 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
     return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": ops, "data": seen.hexdigest()})
 
 
-def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, progress: bool, store: WeightStore | None) -> None:
+def _run_algorithms(graphs: Sequence[fx.GraphModule], run: _Run) -> None:
     """What the config asks for before ranges are observed; quantizers are off, so that all is float."""
-
-    run = _Run(graphs[0], data, progress, store)
     done = [gm.meta.setdefault(DONE, []) for gm in graphs]  # not empty where a calibration has failed after them
     if any(names != done[0] for names in done):
         raise StateError("algorithms have run on some of these graphs", remedy="Prepare them again, together.")
@@ -144,15 +158,24 @@ def _run_algorithms(graphs: Sequence[fx.GraphModule], data: Any, progress: bool,
 class _Run:
     """The calibration data for an algorithm: see `graphq.algorithms.base.Run`."""
 
-    def __init__(self, first: fx.GraphModule, data: Any, show: bool, store: WeightStore | None) -> None:
+    def __init__(self, first: fx.GraphModule, data: Any, show: bool, store: WeightStore | None, frontier: str) -> None:
         self.first, self.data, self.show, self.store = first, data, show, store
+        self.on_disk, self.folders = frontier == "disk", list[Path]()
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         with watching(self.first, watchers):
             run_calibration(self.first, self.data, progress=self.show)
 
     def stream(self, gm: fx.GraphModule, *, original: bool = False) -> Stream:
-        return Stream(gm, self.data, original=original)
+        folder = None
+        if self.on_disk and self.store is not None:
+            folder = self.store.folder / f"frontier-{len(self.folders)}"
+            self.folders.append(folder)
+        return Stream(gm, self.data, original=original, folder=folder)
+
+    def close(self) -> None:
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def progress(self, items: Iterable[T], label: str) -> Iterator[T]:
         return progress_of(items, label, show=self.show)

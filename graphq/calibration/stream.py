@@ -1,32 +1,33 @@
 """All samples on their way through a graph, op by op, none ahead of the others.
 
 What an op gives is kept for as long as a later op reads it: the frontier of all samples is in memory, and nothing
-behind it. Parameters are read when they are used, so that a weight that has been replaced on the way is seen from there
-on; `original` sees the one that it replaced.
+behind it; where a folder is given it lies there. Parameters are read when they are used, so that a weight that has been
+replaced on the way is seen from there on; `original` sees the one that it replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphq.algorithms.samples import MASK
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch
+from graphq.calibration.frontier import Frontier
 from graphq.errors import CalibrationError
 from graphq.graph.capture import example_of, flat_inputs
 from graphq.graph.devices import device_of
 from graphq.graph.on_disk import values_of
 from graphq.graph.view import held
 
-MASK = "attention_mask"  # an input of that name says which tokens count
-
 
 class Stream:
     """See `graphq.algorithms.base.Stream`. Raises CalibrationError for data that cannot be gone through in step."""
 
-    def __init__(self, gm: fx.GraphModule, data: Any, *, original: bool = False) -> None:
+    def __init__(self, gm: fx.GraphModule, data: Any, *, original: bool = False, folder: Path | None = None) -> None:
         if callable(data) and not isinstance(data, Iterable):
             raise CalibrationError("this algorithm goes through the data op by op, and they are a function",
                                    remedy="Give an iterable of batches.")  # fmt: skip
@@ -40,26 +41,31 @@ class Stream:
         if original:
             self.originals = {n: self._held(n) for n in gm.graph.nodes if self._constant(n)}
         self.last = {n: max((self.place[u] for u in n.users if u in self.place), default=-1) for n in self.order}
-        self.values: list[dict[fx.Node, Any]] = []
+        device = device_of(gm)
+        self.frontier = Frontier(folder, device)
         self.masks: list[Tensor | None] = []
         inputs = gm.graph.find_nodes(op="placeholder")
-        for number, (args, kwargs) in enumerate(batches_of(data, device_of(gm))):
+        for number, (args, kwargs) in enumerate(batches_of(data, device)):
             check_batch(gm, args, kwargs, number)
-            self.values.append(dict(zip(inputs, flat_inputs(gm, args, kwargs), strict=True)))
+            self.frontier.append(dict(zip(inputs, flat_inputs(gm, args, kwargs), strict=True)))
             mask = (dict(zip(example_of(gm).dynamic_shapes, args, strict=False)) | kwargs).get(MASK)
             self.masks.append(mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-        if not self.values:
+        if not len(self.frontier):
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
 
     @torch.no_grad()
     def until(self, node: fx.Node) -> list[Tensor]:
-        stop = self.place[node] + 1
-        for values in self.values:
-            for n in self.order[self.at : stop]:
-                self._step(n, values)
+        stop, found = self.place[node] + 1, []
+        for number in range(len(self.frontier)):
+            values = self.frontier[number]
+            if self.at < stop:
+                for n in self.order[self.at : stop]:
+                    self._step(n, values)
+                self.frontier[number] = values
+            found.append(values[node])
         self.at = max(self.at, stop)
         self.constants.clear()
-        return [values[node] for values in self.values]
+        return found
 
     def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         if node.op == "placeholder":

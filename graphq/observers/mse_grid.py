@@ -72,7 +72,7 @@ class WeightedMseGrid(MseGrid):
         block: tuple[int, ...],
         rate: float = 1.0,
         shrink: float = 0.4,
-        grid: int = 50,
+        grid: int = 100,
         norm: float = 2.0,
         patience: int = 5,
     ) -> None:

@@ -160,7 +160,8 @@ def test_round_to_nearest_as_an_algorithm_is_what_happens_without_one():
     assert torch.equal(plain(data[0]), named(data[0]))
 
 
-def test_tokens_that_the_mask_leaves_out_do_not_count():
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_tokens_that_the_mask_leaves_out_do_not_count(algorithm):
     model, data = Decoder(1).eval(), correlated()
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[:, 25:] = 0
@@ -170,7 +171,7 @@ def test_tokens_that_the_mask_leaves_out_do_not_count():
     grids = []
     for batches in (data, noisy):
         for given in ([{"x": x, "attention_mask": mask} for x in batches], [(x, mask) for x in batches]):
-            graph = graphq.quantize(model, config("gptq", select="blocks.0.q"), given, progress=False)
+            graph = graphq.quantize(model, config(algorithm, select="blocks.0.q"), given, progress=False)
             grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
     assert all(torch.equal(grids[0], other) for other in grids[1:])
 
@@ -255,7 +256,7 @@ def test_the_algorithm_of_the_example_is_better_than_the_nearest_values():
 def test_a_walk_that_fails_leaves_the_graph_as_it_was(monkeypatch):
     model, data = Decoder(1).eval(), correlated()
     prepared, untroubled = (graphq.prepare(model, config("gptq"), (data[0],)) for _ in range(2))
-    walk, seen = gptq_module._walk, []
+    walk, seen = gptq_module.walk, []
 
     def third_fails(*args, **kwargs):
         seen.append(1)
@@ -264,7 +265,7 @@ def test_a_walk_that_fails_leaves_the_graph_as_it_was(monkeypatch):
         return walk(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_module, "_walk", third_fails)
+        patch.setattr(gptq_module, "walk", third_fails)
         with pytest.raises(CalibrationError, match=r"singular[\s\S]*blocks.0.v"):
             graphq.calibrate(prepared, data, progress=False)
     assert not any(q.settled for q in quantizers(prepared).values())

@@ -1,5 +1,7 @@
-"""FPI-GPTQ and AdaRound: the fixed point is GPTQ's, and learned rounding loses less than the nearest values."""
+"""FPI-GPTQ, GPTAQ and AdaRound: the fixed point is GPTQ's, GPTAQ its definition, and learned rounding loses less than
+the nearest values."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms.adaround import adaround
 from graphq.algorithms.fpi_gptq import fpi_gptq
+from graphq.algorithms.gptaq import gptaq
 from graphq.algorithms.gptq import gptq
 from graphq.algorithms.grid import Grid
 from graphq.errors import CalibrationError, ConfigError
@@ -62,15 +65,18 @@ def test_no_inputs_leave_the_nearest_values():
     assert torch.equal(adaround(weight[None], zeros[None], grid)[0], nearest)
 
 
-@pytest.mark.parametrize("name", ["fpi_gptq", "adaround"])
-def test_they_run_by_name_with_qep_on_convolutions_too(name):
+QEP = {"qep": 0.5}
+
+
+@pytest.mark.parametrize(("name", "args"), [("fpi_gptq", QEP), ("adaround", QEP), ("gptaq", {})])
+def test_they_run_by_name_and_on_convolutions_too(name, args):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5)
     ).eval()
     data = [torch.randn(8, 3, 6, 6) for _ in range(4)]
     noise = {}
-    for algorithms in ((), ({"name": name, "args": {"qep": 0.5}},)):
+    for algorithms in ((), ({"name": name, "args": args},)):
         spec = QuantSpec(format="int3", granularity="channel")
         config = QuantConfig(rules=(Rule(select="*", scheme=Scheme(weight=spec)),), algorithms=algorithms)
         graph = graphq.prepare(model, config, (data[0],), target="simulation")
@@ -92,3 +98,61 @@ def test_wrong_arguments_and_formats_are_refused():
     graph = graphq.prepare(nn.Linear(16, 4).eval(), config, (torch.randn(2, 16),), target="simulation")
     with pytest.raises(CalibrationError, match="no next code"):
         graphq.calibrate(graph, [torch.randn(2, 16)], progress=False)
+
+
+def test_gptaq_has_no_qep():
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    config = QuantConfig(
+        rules=(Rule(select="*", scheme=Scheme(weight=ROWS)),), algorithms=({"name": "gptaq", "args": QEP},)
+    )
+    graph = graphq.prepare(model, config, (torch.randn(4, 8),), target="simulation")
+    with pytest.raises(ConfigError, match="by itself"):
+        graphq.calibrate(graph, [torch.randn(4, 8)], progress=False)
+
+
+def asymmetric_problem(spec):
+    """Inputs of the float model, and what has become of them, larger by a part of one another."""
+    weight, _, grid = problem(spec)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    given = x + 0.3 * x @ torch.randn(32, 32, generator=generator) / 32**0.5
+    return weight, x, given, grid
+
+
+def by_definition(weight, hessian, cross, grid, alpha, damping=0.01):
+    """Column by column, each with inverses of what is left, in float64."""
+    w, h, c = (t.double().numpy() for t in (weight, hessian, cross))
+    order = np.argsort(-h.diagonal(), kind="stable")
+    h = (h + damping * h.diagonal().mean() * np.eye(len(h)))[order][:, order]
+    w, c = w[:, order].copy(), c[order][:, order]
+    first, scales = w.copy(), grid.columns()[0].numpy()[:, order].astype(np.float64)
+    low, high = grid.spec.number_format.limits(grid.spec.narrow_range)
+    result = np.empty_like(w)
+    for i in range(len(order)):
+        result[:, i] = np.clip(np.rint(w[:, i] / scales[:, i]), low, high) * scales[:, i]
+        inverse = np.linalg.inv(h[i:, i:])
+        w[:, i + 1 :] -= np.outer(w[:, i] - result[:, i], inverse[0, 1:] / inverse[0, 0])
+        if i + 1 < len(order):
+            w[:, i + 1 :] += alpha * np.outer(first[:, i], c[i, i + 1 :] @ np.linalg.inv(h[i + 1 :, i + 1 :]))
+    return result[:, np.argsort(order)]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_gptaq_is_its_definition_column_by_column(alpha):
+    weight, x, given, grid = asymmetric_problem(GROUPS)
+    hessian, cross = given.T @ given, (x - given).T @ given
+    ours = gptaq(weight, hessian, grid, cross=cross, alpha=alpha)
+    wanted = by_definition(weight, hessian, cross, grid, alpha)
+    assert np.isclose(ours.numpy(), wanted, atol=1e-4).mean() > 0.97  # the rest are ties, and what follows from them
+
+
+def test_gptaq_is_nearer_to_the_products_of_the_float_model():
+    weight, x, given, grid = asymmetric_problem(GROUPS)
+    hessian, cross = given.T @ given, (x - given).T @ given
+    losses = [
+        float((x @ weight.T - given @ gptaq(weight, hessian, grid, cross=cross, alpha=a).T).square().sum())
+        for a in (0.0, 0.5, 1.0)
+    ]
+    assert losses[2] < losses[1] < losses[0]
+    with pytest.raises(ConfigError, match="alpha"):
+        gptaq(weight, hessian, grid, alpha=2.0)

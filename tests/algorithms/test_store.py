@@ -70,6 +70,28 @@ def whole(checkpoint, tmp_path_factory):
     return graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=store), store
 
 
+def test_samples_that_wait_on_disk_give_the_same_bits_and_leave_nothing_there(checkpoint, whole, tmp_path):
+    graph = prepared(Logits(from_disk(build, checkpoint)))
+    graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store", frontier="disk")
+    assert same(files(tmp_path / "store"), files(whole[1]))
+    assert not list((tmp_path / "store").glob("frontier*"))
+
+
+def test_samples_can_wait_on_disk_only_where_there_is_a_store(checkpoint):
+    with pytest.raises(ConfigError, match="frontier"):
+        graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, frontier="disk")
+
+
+def test_a_model_on_disk_may_weigh_errors_by_inputs_where_an_algorithm_chooses_all_weights(checkpoint, tmp_path):
+    weighted = WEIGHT.model_copy(update={"observer": "imatrix_mse"})
+    for name, model in (("disk", Logits(from_disk(build, checkpoint))), ("memory", in_memory(checkpoint))):
+        graphq.calibrate(prepared(model, config(weighted)), DATA, progress=False, store=tmp_path / name)
+    assert same(files(tmp_path / "disk"), files(tmp_path / "memory"))
+    with pytest.raises(StateError, match="weights are on disk"):
+        graph = prepared(Logits(from_disk(build, checkpoint)), config(weighted, ()))
+        graphq.calibrate(graph, DATA, progress=False)
+
+
 def test_parameters_are_read_where_they_are_used_and_stay_shared(checkpoint):
     model, loaded = from_disk(build, checkpoint), in_memory(checkpoint).model
     parameters = dict(model.named_parameters())

@@ -8,6 +8,7 @@ from torch import nn
 
 import graphq
 from graphq import QuantConfig, Rule
+from graphq.errors import StateError
 from graphq.graph.recurrent_ops import LSTM, OF_ONNX, TO_ONNX, reorder
 from graphq.passes.placement import open_lstm
 from graphq.passes.targets import get_target
@@ -87,6 +88,14 @@ def test_a_saved_graph_comes_back_with_its_rounded_states(tmp_path):
     for graph, folder in ((calibrated, tmp_path / "a"), (graphq.convert(calibrated), tmp_path / "b")):
         again = graphq.load(graphq.save(graph, folder), model)
         assert all(torch.equal(a, b) for a, b in zip(again(*args), graph(*args), strict=True))
+
+
+def test_training_one_is_refused():
+    model, args = tagger()
+    calibrated = graphq.calibrate(graphq.prepare(model, DYNAMIC, args, dynamic_shapes=None), [args], progress=False)
+    with pytest.raises(StateError, match="has no gradient") as told:
+        graphq.qat(calibrated)
+    assert "lstm" in str(told.value)
 
 
 def test_what_has_no_kernel_says_why():

@@ -44,7 +44,8 @@ def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool
     run([*masks, *((g.source, seen[name]) for name, g in found.items())])
     scales = {}
     for name, group in run.progress(found.items(), "awq"):
-        scale = _searched(graphs[0], group, seen[name], grid, duo) if seen[name].count else None
+        rows = seen.pop(name)  # not needed after this
+        scale = _searched(graphs[0], group, rows, grid, duo) if rows.count else None
         if scale is not None:
             scales[name] = scale
         give_back()

@@ -38,8 +38,8 @@ def gptaq(
     if not hessian.any():
         return grid.rounded(weight)
     places, back = in_order(hessian)
-    factor, weight = inverse_factor(hessian[places][:, places], damping), weight[:, places]
+    factor, weight = inverse_factor(hessian[places[:, None], places], damping), weight[:, places]
     if cross is not None:
-        push = (cross[places][:, places] @ factor.T).triu(1) @ factor
+        push = (cross[places[:, None], places] @ factor.T).triu(1) @ factor
         weight = weight + alpha * weight @ push
     return walk(weight, factor, grid, places.tolist(), block)[:, back]

@@ -45,7 +45,7 @@ def gptq(
     if not hessian.any():
         return grid.rounded(weight)  # its inputs are zero in all data
     places, back = in_order(hessian, activation=order == "activation")
-    factor = inverse_factor(hessian[places][:, places], damping)
+    factor = inverse_factor(hessian[places[:, None], places], damping)
     if groups == "dynamic" and grid.block:
         block = -(-block // grid.width) * grid.width  # whole groups
     return walk(weight[:, places], factor, grid, places.tolist(), block, refit=groups == "dynamic")[:, back]
@@ -93,14 +93,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     With the order of columns turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
     """
-    hessian = hessian.double()
-    diagonal = hessian.diagonal().clone()
+    turned = hessian.flip(0, 1).double()
+    diagonal = turned.diagonal().clone()
     mean = diagonal[diagonal != 0].mean()
     diagonal[diagonal == 0] = mean  # of inputs that are always zero: any rounding will do
     for _ in range(RETRIES):
-        damped = hessian.clone()
-        damped.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        turned.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed:
             return _inverse(lower.float()).flip(0, 1)
         damping = max(damping, 1e-4) * 10

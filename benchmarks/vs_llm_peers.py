@@ -75,7 +75,7 @@ def our_layer(size: int, rows: int) -> dict[str, float]:
     hessian = x.T @ x
     grid = Grid(SPEC.model_copy(update={"observer": "minmax"}), (1, 64), weight)
     start = time.perf_counter()
-    gptq(weight, hessian, grid)
+    gptq(weight[None], hessian[None], grid)
     return {"seconds": time.perf_counter() - start}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphq.algorithms.gptq import in_order, inverse_factor, walk
+from graphq.algorithms.gptq import in_order, inverse_factor, reordered, walk
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 from graphq.errors import ConfigError
@@ -35,11 +35,10 @@ def gptaq(
     cross: (X - X̂)·X̂ᵀ [in, in], None for experts."""
     if not 0 <= alpha <= 1 or block < 1 or damping <= 0:
         raise ConfigError(f"alpha {alpha} is from 0 to 1, block {block}, damping {damping} positive", where="gptaq")
-    if not hessian.any():
-        return grid.rounded(weight)
-    places, back = in_order(hessian)
-    factor, weight = inverse_factor(hessian[places[:, None], places], damping), weight[:, places]
+    one = hessian[None]
+    places = in_order(one)
+    factor = inverse_factor(reordered(one, places), damping)
     if cross is not None:
-        push = (cross[places[:, None], places] @ factor.T).triu(1) @ factor
-        weight = weight + alpha * weight @ push
-    return walk(weight, factor, grid, places.tolist(), block)[:, back]
+        push = (reordered(cross[None], places)[0] @ factor[0].T).triu(1) @ factor[0]
+        weight = weight.index_add(1, places[0], alpha * weight[:, places[0]] @ push)
+    return walk(weight[None], one, factor, grid, places, block)[0]

@@ -20,7 +20,7 @@ RETRIES = 5  # with ten times the damping each
 SMALL = 128  # rows of a triangle that is inverted as it is
 
 
-@weight_algorithm("gptq")
+@weight_algorithm("gptq", together=True)
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -42,38 +42,45 @@ def gptq(
         raise ConfigError(
             "dynamic groups are those of neighbours", where="gptq", remedy="order: none, or groups: static."
         )
-    if not hessian.any():
-        return grid.rounded(weight)  # its inputs are zero in all data
-    places, back = in_order(hessian, activation=order == "activation")
-    factor = inverse_factor(hessian[places[:, None], places], damping)
+    places = in_order(hessian, activation=order == "activation")
+    factor = inverse_factor(reordered(hessian, places), damping)
     if groups == "dynamic" and grid.block:
         block = -(-block // grid.width) * grid.width  # whole groups
-    return walk(weight[:, places], factor, grid, places.tolist(), block, refit=groups == "dynamic")[:, back]
+    return walk(weight, hessian, factor, grid, places, block, refit=groups == "dynamic")
 
 
-def in_order(hessian: Tensor, *, activation: bool = True) -> tuple[Tensor, Tensor]:
-    """(columns, those with the largest inputs first or as they stand; where each of them is then)."""
-    if not activation:
-        places = torch.arange(len(hessian), device=hessian.device)
-        return places, places
-    places = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return places, torch.argsort(places)
+def in_order(hessian: Tensor, *, activation: bool = True) -> Tensor:
+    """The places of the columns [groups, in], those with the largest inputs first or as they stand."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    if activation:
+        return torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    return torch.arange(diagonal.shape[1], device=hessian.device).expand_as(diagonal)
 
 
-def walk(weight: Tensor, factor: Tensor, grid: Grid, places: list[int], block: int, *, refit: bool = False) -> Tensor:
-    """weight [out, in], its columns in the order of `places` → their rounded values."""
-    w = weight.T.contiguous()  # columns are rows here, and errors once they have been rounded
-    result, diagonal = torch.empty_like(w), factor.diagonal().tolist()
-    nearest = grid.nearest()
+def reordered(matrix: Tensor, places: Tensor) -> Tensor:
+    """[groups, in, in], rows and columns in this order."""
+    group = torch.arange(len(matrix), device=matrix.device)[:, None, None]
+    return matrix[group, places[:, :, None], places[:, None, :]]
+
+
+def walk(
+    weight: Tensor, hessian: Tensor, factor: Tensor, grid: Grid, places: Tensor, block: int, *, refit: bool = False
+) -> Tensor:
+    """weight [groups, out, in], the factor of its columns in the order of `places` [groups, in] → its rounded values.
+    Groups whose hessian is zero are rounded to the nearest: their inputs are zero in all data."""
+    index = places[:, None].expand_as(weight)
+    w = weight.gather(2, index).permute(2, 0, 1).contiguous()  # columns come first, and are errors once rounded
+    result, diagonal = torch.empty_like(w), factor.diagonal(dim1=1, dim2=2).T[..., None]
+    nearest = grid.nearest(places)
 
     def columns(start: int, stop: int) -> None:
         nonlocal nearest
         for i in range(start, stop):
             if refit and grid.block and i % grid.width == 0:
-                grid.refit(i, w[i : i + grid.width].T)
-                nearest = grid.nearest()
-            w[i].sub_(nearest(w[i], places[i], result[i])).div_(diagonal[i])
-            w[i + 1 : stop].addr_(factor[i, i + 1 : stop], w[i], alpha=-1)
+                grid.refit(i, w[i : i + grid.width].flatten(1).T)
+                nearest = grid.nearest(places)
+            w[i].sub_(nearest(w[i].view(-1), i, result[i].view(-1)).view_as(w[i])).div_(diagonal[i])
+            w[i + 1 : stop].addcmul_(factor[:, i, i + 1 : stop].T[..., None], w[i], value=-1)
 
     def halves(start: int, stop: int) -> None:
         """Half, what its errors make of the other half, and that."""
@@ -81,40 +88,49 @@ def walk(weight: Tensor, factor: Tensor, grid: Grid, places: list[int], block: i
             return columns(start, stop)
         middle = start + -(-(stop - start) // (2 * block)) * block
         halves(start, middle)
-        w[middle:stop].addmm_(factor[start:middle, middle:stop].T, w[start:middle], alpha=-1)
+        heard = factor[:, start:middle, middle:stop].transpose(1, 2)
+        w[middle:stop].transpose(0, 1).baddbmm_(heard, w[start:middle].transpose(0, 1), alpha=-1)
         halves(middle, stop)
 
     halves(0, len(w))
-    return result.T
+    found = torch.empty_like(weight).scatter_(2, index, result.permute(1, 2, 0))
+    dead = ~hessian.flatten(1).any(1)
+    if dead.any():
+        found[dead] = grid.rounded(weight.flatten(0, 1)).view_as(weight)[dead]
+    return found
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U with H⁻¹ = Uᵀ·U, upper triangular, float32. Raises CalibrationError where H stays singular.
+    """U with H⁻¹ = Uᵀ·U, upper triangular, float32 [groups, in, in]. Raises CalibrationError where H stays singular.
 
     With the order of columns turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
     """
-    turned = hessian.flip(0, 1).double()
-    diagonal = turned.diagonal().clone()
-    mean = diagonal[diagonal != 0].mean()
-    diagonal[diagonal == 0] = mean  # of inputs that are always zero: any rounding will do
+    turned = hessian.flip(1, 2).double()
+    diagonal = turned.diagonal(dim1=1, dim2=2).clone()
+    seen = diagonal != 0
+    mean = diagonal.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
+    mean = mean.where(seen.any(1, keepdim=True), torch.ones_like(mean))
+    diagonal = diagonal.where(seen, mean)  # of inputs that are always zero: any rounding will do
+    share = torch.full_like(mean, damping)
     for _ in range(RETRIES):
-        turned.diagonal().copy_(diagonal + damping * mean)
+        turned.diagonal(dim1=1, dim2=2).copy_(diagonal + share * mean)
         lower, failed = torch.linalg.cholesky_ex(turned)
-        if not failed:
-            return _inverse(lower.float()).flip(0, 1)
-        damping = max(damping, 1e-4) * 10
+        if not failed.any():
+            return _inverse(lower.float()).flip(1, 2)
+        share = torch.where(failed[:, None] != 0, share.clamp(min=1e-4) * 10, share)
     raise CalibrationError(
         "the inputs of this layer span too few directions", remedy="Give more calibration data, or more damping."
     )
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    """Of a lower triangular matrix: by halves, in a third of the operations of a general solution."""
-    if len(lower) <= SMALL:
-        one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one, upper=False)
-    middle, result = len(lower) // 2, torch.zeros_like(lower)
-    first, last = _inverse(lower[:middle, :middle]), _inverse(lower[middle:, middle:])
-    result[:middle, :middle], result[middle:, middle:] = first, last
-    torch.mm(last, lower[middle:, :middle] @ first, out=result[middle:, :middle]).neg_()
+    """Of lower triangular matrices: by halves, in a third of the operations of a general solution."""
+    size = lower.shape[1]
+    if size <= SMALL:
+        one = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, one.expand_as(lower), upper=False)
+    middle, result = size // 2, torch.zeros_like(lower)
+    first, last = _inverse(lower[:, :middle, :middle]), _inverse(lower[:, middle:, middle:])
+    result[:, :middle, :middle], result[:, middle:, middle:] = first, last
+    result[:, middle:, :middle] = (last @ (lower[:, middle:, :middle] @ first)).neg_()
     return result

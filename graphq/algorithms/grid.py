@@ -80,9 +80,15 @@ class Grid:
         first, second = (t.repeat_interleave(self.width, 1)[:, : self.shape[1]] for t in parts)
         return first, second
 
-    def nearest(self) -> Callable[[Tensor, int, Tensor], Tensor]:
-        """A function (values [out] of a column, its place, result) → the nearest values, written into the result."""
+    def nearest(self, places: Tensor | None = None) -> Callable[[Tensor, int, Tensor], Tensor]:
+        """A function (values [out] of a column, its place, result) → the nearest values, written into the result.
+
+        places [groups, in]: the order of the columns in each of equal groups of the rows; the function's places are then
+        those of this order.
+        """
         scales, zeros = (t.T.contiguous() for t in self.columns())
+        if places is not None:
+            scales, zeros = (_in_order(t, places, self.shape[0]) for t in (scales, zeros))
         spec = self.spec
         if not self.fast:
 
@@ -108,3 +114,10 @@ class Grid:
     def _how(self) -> dict[str, Any]:
         spec = self.spec
         return {"narrow_range": spec.narrow_range, "rounding": spec.rounding, "saturate": spec.saturate}
+
+
+def _in_order(columns: Tensor, places: Tensor, rows: int) -> Tensor:
+    """columns [in, rows or 1], of all groups, each group's in its own order."""
+    groups = len(places)
+    apart = columns.expand(-1, rows).unflatten(1, (groups, -1))
+    return apart.gather(0, places.T[..., None].expand_as(apart)).flatten(1)

@@ -36,6 +36,7 @@ from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
 from graphq.passes.placement import shared_magnitudes
 
+MOST = 1 << 24  # elements of the matrices of a layer that are in memory in more copies
 STRIPES = 6  # in which half a matrix is computed
 TRIAL = QuantSpec(format="int8", granularity="channel")
 WeightFunction = Callable[..., Tensor]
@@ -217,7 +218,9 @@ def round_weight(
 def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:
     hessian = moments.hessian
     if _wants(choose, TOGETHER):
-        return choose(weight.unflatten(0, (len(hessian), -1)), hessian, grid).flatten(0, 1)
+        count = _calls(len(hessian), hessian[0].numel())
+        some = zip(weight.chunk(count), hessian.chunk(count), grid.split(count), strict=True)
+        return torch.cat([choose(w.unflatten(0, (len(h), -1)), h, g).flatten(0, 1) for w, h, g in some])
     asymmetric, chosen = _wants(choose, ASYMMETRIC), []
     grids = [grid] if len(hessian) == 1 else grid.split(len(hessian))
     parts = zip(weight.chunk(len(hessian)), hessian, grids, moments.cross, strict=True)
@@ -227,6 +230,11 @@ def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Gr
         else:
             chosen.append(choose(w, h, g, cross=c) if asymmetric else choose(w, h, g))
     return torch.cat(chosen)
+
+
+def _calls(groups: int, size: int) -> int:
+    """Into how many equal parts groups go whose matrices, of this size, are looked at together."""
+    return next(n for n in range(1, groups + 1) if groups % n == 0 and (n == groups or groups // n * size <= MOST))
 
 
 def _wants(choose: WeightFunction, attribute: str) -> bool:

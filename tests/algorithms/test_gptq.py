@@ -61,7 +61,7 @@ def test_columns_are_those_of_the_inverse_that_shrinks(spec, order, block):
     grid = Grid(spec, spec.block_for(2), weight)
     places = list(range(32)) if order == "none" else hessian.diagonal().argsort(descending=True, stable=True).tolist()
     wanted = by_elimination(weight, hessian, grid, places)
-    found = gptq(weight, hessian, grid, order=order, block=block)
+    found = gptq(weight[None], hessian[None], grid, order=order, block=block)[0]
     steps = ((found.double().numpy() - wanted) / grid.columns()[0].double().numpy()).round()
     assert (steps != 0).mean() < 0.005  # float32 against float64 at a tie, and what follows from it
     assert torch.equal(grid.rounded(found), found)
@@ -74,7 +74,7 @@ def test_products_are_closer_than_with_the_nearest_values(format, arguments):
     weight, hessian = torch.randn(24, 32), hessian_of(correlated())
     grid = Grid(spec, spec.block_for(2), weight)
     nearest = weight - grid.rounded(weight)
-    error = weight - gptq(weight, hessian, grid, **arguments)
+    error = weight - gptq(weight[None], hessian[None], grid, **arguments)[0]
     assert ((error @ hessian) * error).sum() < 0.8 * ((nearest @ hessian) * nearest).sum()
 
 
@@ -83,14 +83,14 @@ def test_dead_columns_and_too_few_rows_are_no_hindrance():
     x[..., [4, 9]] = 0
     weight, hessian = torch.randn(8, 32), hessian_of([x])
     grid = Grid(GROUPS, GROUPS.block_for(2), weight)
-    found = gptq(weight, hessian, grid)
+    found = gptq(weight[None], hessian[None], grid)[0]
     assert torch.isfinite(found).all() and torch.equal(found[:, [4, 9]], grid.rounded(weight)[:, [4, 9]])
-    assert torch.equal(gptq(weight, torch.zeros(32, 32), grid), grid.rounded(weight))
+    assert torch.equal(gptq(weight[None], torch.zeros(1, 32, 32), grid)[0], grid.rounded(weight))
 
 
 def test_moments_that_are_no_numbers_are_refused():
     with pytest.raises(CalibrationError, match="too few directions"):
-        inverse_factor(torch.full((4, 4), torch.nan), 0.01)
+        inverse_factor(torch.full((1, 4, 4), torch.nan), 0.01)
 
 
 def test_qep_moves_the_weight_by_what_its_inputs_have_lost():

@@ -92,5 +92,5 @@ def _loss(own: list[Tensor], quantizers: list, rows: Tensor, scale: Tensor) -> f
 def _coarse(spec: QuantSpec) -> QuantSpec:
     """With fewer steps, where ranges are searched for: a search in a search."""
     searched = spec.observer in ("mse_grid", "imatrix_mse")
-    args = {**spec.observer_args, "grid": COARSE} if searched else {}
+    args = {**spec.observer_args, "grid": min(COARSE, int(spec.observer_args.get("grid", COARSE)))} if searched else {}
     return spec.model_copy(update={"observer": spec.observer if searched else "minmax", "observer_args": args})

@@ -4,8 +4,9 @@
 
 r1: largest magnitude of a row of W1 (its bias is divided too), r2: of the input channel of W2 that it feeds. Pairs are
 found in the graph: convolutions and linears with quantized weights of their own, the second the only reader of the
-first, with nothing between them but ops that a positive scale passes through. Chains (a depthwise convolution between
-two others) are gone through until nothing moves any more. relu6 keeps no scale, and is where a pair ends.
+first, with nothing between them but ops that a positive scale passes through. A channel whose bias would come to reach
+further than those of all others is scaled less. Chains (a depthwise convolution between two others) are gone through
+until nothing moves any more. relu6 keeps no scale, and is where a pair ends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run, replace_read
-from graphq.algorithms.layers import Layer, by_input
+from graphq.algorithms.layers import ALREADY, Layer, by_input
 from graphq.errors import ConfigError
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
@@ -40,6 +41,8 @@ def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50
     every = [_pairs(gm, known) for gm, known in zip(graphs, layers, strict=True)]
     pairs = [p for p in every[0] if all(p in others for others in every)]
     if not pairs:
+        if ALREADY in by_input(graphs[0])[1].values():
+            raise ConfigError("weights have been chosen before it", where=NAME, remedy="Put it first in `algorithms`.")
         raise ConfigError(
             "no two layers follow each other with nothing but a relu or a pool between them",
             where=NAME,
@@ -86,6 +89,7 @@ def _bias_is_own(layer: Layer) -> bool:
 def _scales(layers: dict[str, Layer], pairs: list[Pair], sweeps: int) -> dict[Pair, Tensor]:
     """What rows of the first are divided by and columns of the second multiplied with, [channels] for every pair."""
     weights = {name: layers[name].weight.float() for pair in pairs for name in pair}
+    biases = {first: _bias(layers[first]) for first, _ in pairs}
     scales = {pair: torch.ones(len(weights[pair[0]]), device=weights[pair[0]].device) for pair in pairs}
     for _ in range(sweeps):
         moved = 0.0
@@ -94,7 +98,10 @@ def _scales(layers: dict[str, Layer], pairs: list[Pair], sweeps: int) -> dict[Pa
             rows = weights[first].abs().flatten(1).amax(1)
             columns = _by_input(weights[second], len(rows)).abs().amax((1, 3)).flatten()
             alive = (rows > DEAD * rows.max()) & (columns > DEAD * columns.max())
-            scale = torch.where(alive, (rows / columns).sqrt(), torch.ones_like(rows))
+            reach = biases[first] + rows  # no channel may come to reach further than the furthest did, by its bias
+            scale = torch.maximum((rows / columns).sqrt(), biases[first] / reach.max().clamp(min=1e-30))
+            scale = torch.where(alive, scale, torch.ones_like(rows))
+            biases[first] = biases[first] / scale
             weights[first] = _rows_divided(weights[first], scale)
             weights[second] = _columns_multiplied(weights[second], scale)
             scales[pair] = scales[pair] * scale
@@ -102,6 +109,17 @@ def _scales(layers: dict[str, Layer], pairs: list[Pair], sweeps: int) -> dict[Pa
         if moved < STILL:
             break
     return scales
+
+
+def _bias(layer: Layer) -> Tensor:
+    """Magnitudes [out]."""
+    bias = layer.view.arg("bias")
+    tensor = parameter(layer.view.gm, bias) if bias is not None else None
+    return (
+        torch.zeros_like(layer.weight[:, :1].flatten(1)[:, 0].float())
+        if tensor is None
+        else tensor.detach().abs().float()
+    )
 
 
 def _by_input(weight: Tensor, channels: int) -> Tensor:

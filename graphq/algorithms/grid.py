@@ -22,7 +22,7 @@ class Grid:
 
     block: of the spec, () or (rows, columns) as in `graphq.numerics.affine`. width: columns that share a scale.
     overall: the largest magnitude of all weights that share a scale over their scales. importance: of the columns [in],
-    for observers that want it.
+    or of every element, for observers that want it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Grid:
 
     def refit(self, start: int, columns: Tensor) -> None:
         """New scales for the group that starts at this column, from its values [out, width] as they are now."""
-        part = None if self.importance is None else self.importance[start : start + columns.shape[1]]
+        part = None if self.importance is None else self.importance[..., start : start + columns.shape[1]]
         scale, zero = self._fit(columns, (1, -1) if self.block[0] == 1 else (self.block[0], -1), part)
         group = start // self.width
         self.scale[:, group : group + 1], self.zero[:, group : group + 1] = scale, zero
@@ -62,6 +62,8 @@ class Grid:
         for i in range(parts):
             part = copy.copy(self)
             part.shape = torch.Size((rows, self.shape[1]))
+            if self.importance is not None and self.importance.ndim == 2:
+                part.importance = self.importance[i * rows : (i + 1) * rows]
             if self.block and self.block[0] == 1:
                 part.scale, part.zero = (t[i * rows : (i + 1) * rows] for t in (self.scale, self.zero))
             found.append(part)
@@ -83,8 +85,8 @@ class Grid:
     def nearest(self, places: Tensor | None = None) -> Callable[[Tensor, int, Tensor], Tensor]:
         """A function (values [out] of a column, its place, result) → the nearest values, written into the result.
 
-        places [groups, in]: the order of the columns in each of equal groups of the rows; the function's places are then
-        those of this order.
+        places [groups, in]: the order of the columns in each of equal groups of the rows; the function's places are
+        those of this order then.
         """
         scales, zeros = (t.T.contiguous() for t in self.columns())
         if places is not None:

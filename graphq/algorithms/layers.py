@@ -21,6 +21,7 @@ from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
 
 FAMILIES = ("conv", "linear", "experts")
+ALREADY = "an algorithm before this one has chosen it"
 
 
 @dataclass
@@ -150,7 +151,7 @@ def _layer(view: LayerView, decision: Decision) -> Layer | str:
         return "others read this weight too, and what is good for one is not for all"
     quantizer, spec = quantizer_at(view.gm, call), quantizer_at(view.gm, call).spec
     if quantizer.settled:
-        return "an algorithm before this one has chosen it"
+        return ALREADY
     if spec.then is not None:
         return "it is quantized twice"
     if isinstance(spec.number_format, SharedExponents):

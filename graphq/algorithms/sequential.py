@@ -78,8 +78,6 @@ def weight_algorithm(
         ) -> None:
             if not 0 <= qep <= 1 or qep_damping <= 0:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
-            if asymmetric and qep:
-                raise ConfigError("it makes good what inputs have lost by itself", where=name, remedy="Leave out qep.")
             choose = functools.partial(function, **args)
             one = torch.eye(4)
             trial = (one[None], one[None]) if together else (one, one)
@@ -98,6 +96,7 @@ def weight_algorithm(
         every = inspect.signature(function).parameters.values()
         own = [p for p in every if p.kind is p.KEYWORD_ONLY and p.name != "cross"]
         shared = [p for p in inspect.signature(algorithm).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shared = [p for p in shared if not (asymmetric and p.name.startswith("qep"))]
         algorithm.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
         algorithm.__doc__ = function.__doc__
         ALGORITHMS.register(name)(algorithm)
@@ -201,7 +200,7 @@ def round_weight(
     try:
         if not layer.spec.ragged:
             check_divides(weight.shape, layer.block, layer.view.where())
-        importance = hessian.diagonal(dim1=1, dim2=2).sum(0)
+        importance = hessian.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(hessian), 0)
         grid = Grid(layer.spec, layer.block, weight, overall=overall, importance=importance)
         chosen = _by_group(choose, weight, moments, grid)
         if chosen.shape != weight.shape:

@@ -24,13 +24,14 @@ def batches_of(data: Any, device: torch.device | None = None) -> Iterator[Batch]
     """
     if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
         raise CalibrationError(f"calibration data is a {type(data).__name__}, not batches of inputs", remedy=NO_DATA)
-    for batch in data if device is None else (moved(b, device) for b in data):
+    for batch in data:
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
         if isinstance(batch, Mapping):
-            yield (), dict(batch)
-        elif isinstance(batch, (tuple, list)):
-            yield tuple(batch), {}
+            kwargs = dict(batch)
         else:
-            yield (batch,), {}
+            args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        yield (args, kwargs) if device is None else moved((args, kwargs), device)
 
 
 def check_batch(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:

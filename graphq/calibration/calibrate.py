@@ -107,11 +107,18 @@ def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
         walked = any(a.name in FUNCTIONS for a in gm.meta["graphq_config"].algorithms)
         chosen = {id(layer.quantizer) for layers in by_input(gm)[0].values() for layer in layers} if walked else set()
         every = quantizers(gm).values()
-        weighted = [q.label for q in every if q.spec.observer == "imatrix_mse" and id(q) not in chosen]
-        if observed or weighted or gm.meta["graphq_config"].bias_correction:
+        left = [q for q in every if not q.settled and id(q) not in chosen]
+        weighted = [q.label for q in left if q.spec.observer == "imatrix_mse"]
+        if weighted:
+            raise StateError(
+                "imatrix_mse looks at inputs while the whole model runs, and its weights are on disk",
+                where=weighted[0],
+                remedy="Choose the observer mse_grid for weights that no algorithm chooses.",
+            )
+        if observed or gm.meta["graphq_config"].bias_correction:
             raise StateError(
                 "activations are observed while the whole model runs, and its weights are on disk",
-                where=(observed + weighted or ["bias correction"])[0],
+                where=(observed or ["bias correction"])[0],
                 remedy="Quantize weights alone, or find the scales of inputs at run time (dynamic: true).",
             )
 
@@ -160,7 +167,7 @@ class _Run:
 
     def __init__(self, first: fx.GraphModule, data: Any, show: bool, store: WeightStore | None, frontier: str) -> None:
         self.first, self.data, self.show, self.store = first, data, show, store
-        self.on_disk, self.folders = frontier == "disk", list[Path]()
+        self.on_disk, self.streams = frontier == "disk", 0
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         with watching(self.first, watchers):
@@ -169,13 +176,14 @@ class _Run:
     def stream(self, gm: fx.GraphModule, *, original: bool = False) -> Stream:
         folder = None
         if self.on_disk and self.store is not None:
-            folder = self.store.folder / f"frontier-{len(self.folders)}"
-            self.folders.append(folder)
+            folder = self.store.folder / f"frontier-{self.streams}"
+            self.streams += 1
         return Stream(gm, self.data, original=original, folder=folder)
 
     def close(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.store is not None:
+            for folder in self.store.folder.glob("frontier-*"):  # of a run that was stopped, too
+                shutil.rmtree(folder, ignore_errors=True)
 
     def progress(self, items: Iterable[T], label: str) -> Iterator[T]:
         return progress_of(items, label, show=self.show)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphq.errors import CalibrationError
 
@@ -23,7 +23,12 @@ class Frontier:
         self.nodes: list[list[fx.Node]] = []
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as e:
+                raise CalibrationError(
+                    f"the frontier cannot lie here: {e.strerror or e}", where=str(folder), remedy="Name another store."
+                ) from e
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -47,7 +52,7 @@ class Frontier:
         self.nodes[number] = list(values)
         part = self._path(number).with_suffix(".part")
         try:
-            torch.save(list(values.values()), part)
+            torch.save([_alone(v) for v in values.values()], part)
         except (OSError, RuntimeError) as e:
             raise CalibrationError(
                 f"the frontier could not be written: {e}", where=str(part), remedy="Free space, or use fewer samples."
@@ -57,3 +62,10 @@ class Frontier:
     def _path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{number}.pt"
+
+
+def _alone(value: Any) -> Any:
+    """A part of a larger tensor, without the rest."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value

@@ -47,7 +47,8 @@ class Stream:
         inputs = gm.graph.find_nodes(op="placeholder")
         for number, (args, kwargs) in enumerate(batches_of(data, device)):
             check_batch(gm, args, kwargs, number)
-            self.frontier.append(dict(zip(inputs, flat_inputs(gm, args, kwargs), strict=True)))
+            given = zip(inputs, flat_inputs(gm, args, kwargs), strict=True)
+            self.frontier.append({n: v for n, v in given if self.last[n] >= 0})
             mask = (dict(zip(example_of(gm).dynamic_shapes, args, strict=False)) | kwargs).get(MASK)
             self.masks.append(mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         if not len(self.frontier):

@@ -17,10 +17,13 @@ def watching(gm: fx.GraphModule, watchers: Iterable[tuple[fx.Node, nn.Module]]) 
     watchers = list(watchers)
     folder = nn.ModuleList(watcher for _, watcher in watchers)
     gm.add_submodule(FOLDER, folder)
-    calls = []
+    calls: list[fx.Node] = []
+    behind = (gm.graph.find_nodes(op="placeholder") or [None])[-1]
     for number, (node, _) in enumerate(watchers):
-        with gm.graph.inserting_after(node):
+        is_input = node.op == "placeholder"
+        with gm.graph.inserting_after(behind if is_input else node):
             calls.append(gm.graph.call_module(f"{FOLDER}.{number}", (node,)))
+        behind = calls[-1] if is_input else behind  # inputs in the order of their watchers: a mask before what it masks
     gm.recompile()
     try:
         yield

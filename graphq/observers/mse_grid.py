@@ -61,8 +61,10 @@ class MseGrid(MovingAverage):
 
 @OBSERVERS.register("imatrix_mse")
 class WeightedMseGrid(MseGrid):
-    """`mse_grid` with each squared error of a weight times the mean square of the input that it meets (importance
-    matrix): what its products lose, as far as inputs are not correlated."""
+    """`mse_grid` with each squared error of a weight times the mean square of the input it meets (importance matrix).
+
+    That is what its products lose, as far as inputs are not correlated.
+    """
 
     importance: Tensor | None = None  # goes with the weight by broadcasting; given before the weight is seen
 

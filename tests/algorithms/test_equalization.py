@@ -81,6 +81,24 @@ def test_scales_of_whole_tensors_gain_what_channels_of_all_sizes_have_cost():
     assert results[1] > results[0] + 6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-5, 1e-3])
+def test_a_channel_that_is_all_bias_does_not_outgrow_the_others(size):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    model[0].weight.data[3] *= size
+    model[0].bias.data[3] = 0.5
+    x, results = batches()[0], []
+    for algorithms in ((), ("equalization",)):
+        graph = graphq.convert(graphq.calibrate(prepared(model, algorithms), batches(), progress=False))
+        results.append(sqnr(model(x), graph(x)))
+    assert results[1] > results[0] - 2
+
+
+def test_behind_an_algorithm_that_has_chosen_all_weights_the_error_says_so():
+    with pytest.raises(ConfigError, match="chosen before it"):
+        graphq.calibrate(prepared(Separable(), ("gptq", "equalization")), batches(), progress=False)
+
+
 def test_the_model_itself_is_not_changed():
     model = Separable()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -313,3 +313,40 @@ def test_targets_with_other_weights_are_observed_apart():
     both = graphq.quantize(model, settings, data, target=["onnxruntime", "tensorrt"], progress=False)
     alone = graphq.quantize(model, settings, data, target="tensorrt", progress=False)
     assert torch.equal(both["tensorrt"](data[0]), alone(data[0]))
+
+
+def test_a_mask_counts_for_the_batch_that_it_came_with():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(32, 32)
+
+        def forward(self, x, attention_mask):
+            return self.q(x) * attention_mask[..., None]
+
+    model, data = Bare().eval(), correlated()
+    masks = [torch.arange(40)[None].expand(2, 40) < 10 + 5 * i for i, _ in enumerate(data)]
+    codes = []
+    for noise in (0, 1000):
+        batches = [
+            (torch.where(m[..., None], x, x + noise * torch.randn_like(x)), m) for x, m in zip(data, masks, strict=True)
+        ]
+        graph = graphq.quantize(model, config("awq", select="q"), batches, progress=False)
+        codes.append([b for n, b in graph.named_buffers() if n.endswith(("codes", "smoothing"))])
+    assert codes[0] and all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+
+
+def test_each_group_of_a_convolution_weighs_errors_by_its_own_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)).eval()
+    scale = torch.cat([30 * torch.rand(4), 300 * torch.rand(4)]).reshape(-1, 1, 1)
+    data = [torch.randn(4, 8, 10, 10) * scale for _ in range(3)]
+    spec = QuantSpec(format="int4", granularity="channel", observer="imatrix_mse")
+    rules = (Rule(select="conv", scheme=Scheme(weight=spec)),)
+    own, other = (
+        graphq.quantize(model, QuantConfig(rules=rules, algorithms=a), data, target="simulation", progress=False)
+        for a in (("rtn",), ())
+    )
+    scales = [next(b for n, b in g.named_buffers() if n.endswith("scale")) for g in (own, other)]
+    # patches see each input a little less often at the border, the mean over the input does not
+    torch.testing.assert_close(scales[0].flatten(), scales[1].flatten(), rtol=0.06, atol=0)

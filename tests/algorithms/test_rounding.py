@@ -105,9 +105,8 @@ def test_gptaq_has_no_qep():
     config = QuantConfig(
         rules=(Rule(select="*", scheme=Scheme(weight=ROWS)),), algorithms=({"name": "gptaq", "args": QEP},)
     )
-    graph = graphq.prepare(model, config, (torch.randn(4, 8),), target="simulation")
-    with pytest.raises(ConfigError, match="by itself"):
-        graphq.calibrate(graph, [torch.randn(4, 8)], progress=False)
+    with pytest.raises(ConfigError, match="no argument 'qep'"):
+        graphq.prepare(model, config, (torch.randn(4, 8),), target="simulation")
 
 
 def asymmetric_problem(spec):

@@ -70,9 +70,11 @@ def whole(checkpoint, tmp_path_factory):
     return graphq.calibrate(prepared(in_memory(checkpoint)), DATA, progress=False, store=store), store
 
 
-def test_samples_that_wait_on_disk_give_the_same_bits_and_leave_nothing_there(checkpoint, whole, tmp_path):
-    graph = prepared(Logits(from_disk(build, checkpoint)))
+def test_samples_that_wait_on_disk_give_the_same_bits_and_leave_nothing_there(checkpoint, whole, tmp_path, monkeypatch):
+    graph, written, save = prepared(Logits(from_disk(build, checkpoint))), [], torch.save
+    monkeypatch.setattr(torch, "save", lambda values, path: (written.append(path), save(values, path)))
     graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store", frontier="disk")
+    assert len({p.name for p in written}) == len(DATA) and len(written) > 4 * len(DATA)
     assert same(files(tmp_path / "store"), files(whole[1]))
     assert not list((tmp_path / "store").glob("frontier*"))
 

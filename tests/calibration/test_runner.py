@@ -1,10 +1,13 @@
 """Small batches of images run together; everything else runs as it was given."""
 
+import collections
+
 import pytest
 import torch
 from torch import nn
 
 import graphq
+from graphq.calibration.batches import batches_of
 from graphq.calibration.runner import run_calibration
 from graphq.quantizer import quantizers
 
@@ -60,3 +63,9 @@ def test_ranges_are_those_of_the_batches_as_given(observer):
         scales.append({k: q.scale for k, q in quantizers(gm).items()})
     for name, scale in scales[0].items():
         torch.testing.assert_close(scale, scales[1][name])
+
+
+def test_batches_of_any_kind_of_mapping_go_to_the_device():
+    batch = collections.UserDict(x=torch.ones(2), name="a")
+    (args, kwargs), *_ = batches_of([batch], torch.device("meta"))
+    assert args == () and kwargs["x"].device.type == "meta" and kwargs["name"] == "a"

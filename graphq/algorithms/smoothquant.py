@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
-from graphq.algorithms.samples import RowSamples, mask_watchers
+from graphq.algorithms.samples import RowSamples
 from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
@@ -37,11 +37,10 @@ def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Li
     every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
     first = graphs[0]
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
-    masks = mask_watchers(graphs[0])
-    seen = {name: RowSamples(masks=masks) for name in found}
+    seen = {name: RowSamples() for name in found}  # of all tokens, also those of padding: the scale is for them too
     if not found:
         return
-    run([*masks, *((g.source, seen[name]) for name, g in found.items())])
+    run([(g.source, seen[name]) for name, g in found.items()])
     scales = {}
     for name, group in found.items():
         if not seen[name].count:

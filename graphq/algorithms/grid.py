@@ -88,11 +88,15 @@ class Grid:
         places [groups, in]: the order of the columns in each of equal groups of the rows; the function's places are
         those of this order then.
         """
-        scales, zeros = (t.T.contiguous() for t in self.columns())
-        if places is not None:
-            scales, zeros = (_in_order(t, places, self.shape[0]) for t in (scales, zeros))
-        spec = self.spec
+        spec, (first, second) = self.spec, self.columns()
+
+        def by_column(param: Tensor) -> Tensor:
+            turned = param.T.contiguous()
+            return turned if places is None else _in_order(turned, places, self.shape[0])
+
+        scales = by_column(first)
         if not self.fast:
+            zeros = by_column(second)
 
             def rounded(values: Tensor, at: int, result: Tensor) -> Tensor:
                 steps, zero = (t[at].expand_as(values)[:, None] for t in (scales, zeros))
@@ -100,11 +104,17 @@ class Grid:
                 return result.copy_(found[:, 0])
 
             return rounded
-        low, high = ((limit - zeros).float() for limit in spec.number_format.limits(spec.narrow_range))
+        lowest, highest = spec.number_format.limits(spec.narrow_range)
+        if not self.zero.any():
+
+            def symmetric(values: Tensor, at: int, result: Tensor) -> Tensor:
+                return torch.div(values, scales[at], out=result).round_().clamp_(lowest, highest).mul_(scales[at])
+
+            return symmetric
+        low, high = ((limit - by_column(second)).float() for limit in (lowest, highest))
 
         def fast(values: Tensor, at: int, result: Tensor) -> Tensor:
-            scale = scales[at]
-            return torch.div(values, scale, out=result).round_().clamp_(low[at], high[at]).mul_(scale)
+            return torch.div(values, scales[at], out=result).round_().clamp_(low[at], high[at]).mul_(scales[at])
 
         return fast
 

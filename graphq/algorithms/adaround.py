@@ -18,6 +18,7 @@ from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 from graphq.errors import ConfigError
 from graphq.numerics.formats import Integer
+from graphq.numerics.products import matmul
 
 STRETCH, EDGE = 1.2, 0.1  # of the sigmoid: it reaches 0 and 1
 SHARPEST, WIDEST, WARM = 2.0, 20.0, 0.2  # β, and the share of the steps before the second term counts
@@ -76,4 +77,4 @@ def _learn(weight: Tensor, hessian: Tensor, grid: Grid, iterations: int, rate: f
 
 def _lost(error: Tensor, hessian: Tensor) -> Tensor:
     """By row [groups, out]."""
-    return ((error @ hessian) * error).sum(-1)
+    return (matmul(error, hessian) * error).sum(-1)

@@ -23,6 +23,7 @@ from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
 from graphq.graph.garbage import give_back
 from graphq.numerics.affine import blocks_of, expand
+from graphq.numerics.products import linear
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
 SMALLEST = 1e-4
@@ -85,7 +86,7 @@ def _loss(own: list[Tensor], quantizers: list, rows: Tensor, scale: Tensor) -> f
     for weight, quantizer in zip(own, quantizers, strict=True):
         scaled, seen = weight * scale, (rows / scale).square().mean(0)
         rounded = Grid(_coarse(quantizer.spec), quantizer.block, scaled, importance=seen).rounded(scaled) / scale
-        total += (rows @ (rounded - weight).T).square().sum().item()
+        total += linear(rows, rounded - weight).square().sum().item()
     return total
 
 

@@ -15,6 +15,7 @@ from graphq.algorithms.gptq import inverse_factor
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 from graphq.errors import ConfigError
+from graphq.numerics.products import matmul
 
 
 @weight_algorithm("fpi_gptq")
@@ -32,7 +33,7 @@ def fpi_gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.
     best, least = chosen, _lost(weight - chosen, hessian)
     rounded, current = chosen, weight
     for _ in range(min(iterations, weight.shape[1])):
-        errors = ((current - rounded)[:, places] / diagonal) @ passed_on
+        errors = matmul((current - rounded)[:, places] / diagonal, passed_on)
         current = torch.empty_like(weight).index_copy_(1, places, weight[:, places] - errors)
         before, rounded = rounded, grid.rounded(current)
         if torch.equal(before, rounded):
@@ -44,4 +45,4 @@ def fpi_gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.
 
 
 def _lost(error: Tensor, hessian: Tensor) -> float:
-    return float(((error @ hessian) * error).sum())
+    return float((matmul(error, hessian) * error).sum())

@@ -18,6 +18,7 @@ from graphq.algorithms.gptq import in_order, inverse_factor, reordered, walk
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 from graphq.errors import ConfigError
+from graphq.numerics.products import matmul
 
 
 @weight_algorithm("gptaq", asymmetric=True)
@@ -39,6 +40,6 @@ def gptaq(
     places = in_order(one)
     factor = inverse_factor(reordered(one, places), damping)
     if cross is not None:
-        push = (reordered(cross[None], places)[0] @ factor[0].T).triu(1) @ factor[0]
-        weight = weight.index_add(1, places[0], alpha * weight[:, places[0]] @ push)
+        push = matmul(matmul(reordered(cross[None], places)[0], factor[0].T).triu(1), factor[0])
+        weight = weight.index_add(1, places[0], alpha * matmul(weight[:, places[0]], push))
     return walk(weight[None], one, factor, grid, places, block)[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 from graphq.errors import CalibrationError, ConfigError
+from graphq.numerics.products import matmul
 
 RETRIES = 5  # with ten times the damping each
 SMALL = 128  # rows of a triangle that is inverted as it is
@@ -89,7 +90,7 @@ def walk(
         middle = start + -(-(stop - start) // (2 * block)) * block
         halves(start, middle)
         heard = factor[:, start:middle, middle:stop].transpose(1, 2)
-        w[middle:stop].transpose(0, 1).baddbmm_(heard, w[start:middle].transpose(0, 1), alpha=-1)
+        w[middle:stop] -= matmul(heard, w[start:middle].transpose(0, 1)).transpose(0, 1)
         halves(middle, stop)
 
     halves(0, len(w))
@@ -132,5 +133,5 @@ def _inverse(lower: Tensor) -> Tensor:
     middle, result = size // 2, torch.zeros_like(lower)
     first, last = _inverse(lower[:, :middle, :middle]), _inverse(lower[:, middle:, middle:])
     result[:, :middle, :middle], result[:, middle:, middle:] = first, last
-    result[:, middle:, :middle] = (last @ (lower[:, middle:, :middle] @ first)).neg_()
+    result[:, middle:, :middle] = matmul(last, matmul(lower[:, middle:, :middle], first)).neg_()
     return result

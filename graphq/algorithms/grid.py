@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ class Grid:
     """Scales and zero points of a weight [out, in], found by its spec's observer.
 
     block: of the spec, () or (rows, columns) as in `graphq.numerics.affine`. width: columns that share a scale.
-    overall: the largest magnitude of all weights that share a scale over their scales. importance: of the columns [in],
-    or of every element, for observers that want it.
+    overall: the largest magnitude of all weights that share a scale over their scales. importance: of every
+    element, or of the columns ([1, in] or [in]), for observers that want it.
     """
 
     def __init__(
@@ -55,17 +55,16 @@ class Grid:
         group = start // self.width
         self.scale[:, group : group + 1], self.zero[:, group : group + 1] = scale, zero
 
-    def split(self, parts: int) -> list[Grid]:
-        """The grids of equal parts of the rows; a new scale of a part is one of the whole."""
-        rows = self.shape[0] // parts
-        found = []
-        for i in range(parts):
-            part = copy.copy(self)
-            part.shape = torch.Size((rows, self.shape[1]))
-            if self.importance is not None and self.importance.ndim == 2:
-                part.importance = self.importance[i * rows : (i + 1) * rows]
+    def split(self, rows: Sequence[int]) -> list[Grid]:
+        """The grids of so many rows each; a new scale of a part is one of the whole."""
+        found, start = [], 0
+        for count in rows:
+            part, own = copy.copy(self), slice(start, start + count)
+            part.shape, start = torch.Size((count, self.shape[1])), start + count
+            if self.importance is not None and self.importance.ndim == 2 and len(self.importance) > 1:
+                part.importance = self.importance[own]
             if self.block and self.block[0] == 1:
-                part.scale, part.zero = (t[i * rows : (i + 1) * rows] for t in (self.scale, self.zero))
+                part.scale, part.zero = self.scale[own], self.zero[own]
             found.append(part)
         return found
 

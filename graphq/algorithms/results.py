@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.grid import Grid
+from graphq.numerics.products import matmul
 
 RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
 
@@ -80,4 +82,4 @@ def _squares(x: Tensor) -> float:
 
 def _energy(weight: Tensor, hessian: Tensor) -> float:
     parts = zip(weight.chunk(len(hessian)), hessian, strict=True)
-    return sum(float(((w @ h).double() * w.double()).sum()) for w, h in parts)
+    return sum(float((matmul(w, h) * w).sum(dtype=torch.float64)) for w, h in parts)

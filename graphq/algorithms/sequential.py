@@ -34,10 +34,11 @@ from graphq.graph.garbage import give_back
 from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
 from graphq.numerics.affine import check_divides
+from graphq.numerics.products import add_moments, matmul, mirrored
+from graphq.numerics.scales import TWO_LEVEL
 from graphq.passes.placement import shared_magnitudes
 
 MOST = 1 << 24  # elements of the matrices of a layer that are in memory in more copies
-STRIPES = 6  # in which half a matrix is computed
 TRIAL = QuantSpec(format="int8", granularity="channel")
 WeightFunction = Callable[..., Tensor]
 FUNCTIONS: dict[str, WeightFunction] = {}
@@ -123,18 +124,18 @@ class _Walk:
         self.rounded = run.stream(gm)
         self.exact = run.stream(gm, original=True) if qep or _wants(choose, ASYMMETRIC) else None
         self.progress, self.store = run.progress, run.store
-        self.results: list[WeightResult] = []
+        self.freed, self.results = 0, list[WeightResult]()  # elements of weights that are not needed any more
 
     def go(self) -> None:
         for source, every in self.progress(self.groups.items(), self.name):
             inputs = self.rounded.until(source)  # also where nothing is left to choose: one group's weights at a time
             wanted = self.exact.until(source) if self.exact is not None else None
-            layers = [layer for layer in every if not self._chosen_before(layer)]
-            for alike in alike_in_rows(layers):
-                moments = moments_of(alike[0], inputs, wanted, self.rounded)
-                for layer in alike:
-                    self._quantize(layer, moments)
-            give_back()
+            for alike in alike_in_rows(every):
+                self._choose(alike, inputs, wanted)
+            self.freed += sum(layer.shape_of_weight.numel() for layer in every)
+            if self.freed > MOST // 4:
+                self.freed = 0
+                give_back()
 
     def undo(self) -> None:
         """Leave the graph as it was."""
@@ -152,27 +153,41 @@ class _Walk:
         self.gm.meta.setdefault(RESULTS, []).extend(self.results)
         finish(self.gm)
 
-    def _quantize(self, layer: Layer, moments: Moments) -> None:
-        weight, parts = layer.matrix(), []
+    def _choose(self, alike: list[Layer], inputs: list[Tensor], wanted: list[Tensor] | None) -> None:
+        stacks = stacks_of(alike) if _wants(self.choose, TOGETHER) else [[layer] for layer in alike]
+        moments: Moments | None = None
+        for layers in stacks:
+            if all(self._in_store(layer) for layer in layers):
+                for layer in layers:
+                    self._take_stored(layer)
+                continue
+            moments = moments or moments_of(alike[0], inputs, wanted, self.rounded)
+            self._quantize(layers, moments)
+
+    def _quantize(self, layers: list[Layer], moments: Moments) -> None:
+        weight, parts = _joined([layer.matrix() for layer in layers]), []
         for w, h, c in zip(weight.chunk(len(moments.hessian)), moments.hessian, moments.cross, strict=True):
             parts.append(w + self.qep * _correction(w, h, c, self.qep_damping) if self.qep and c is not None else w)
-        shared = self.shared.get(layer.quantizer)
-        chosen, grid, result = round_weight(layer, torch.cat(parts), moments, self.name, self.choose, shared)
-        if self.store is None:
-            self.results.append(result)
-            layer.settle(chosen, grid, self.name, result.words())
-            return
-        self.store.put(
-            layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, grid.overall, layer.weight, layer.block,
-            layer.spec, layer.view.family, result,
-        )  # fmt: skip
-        self._chosen_before(layer)
+        shared = self.shared.get(layers[0].quantizer)
+        found = round_weights(layers, _joined(parts), moments, self.name, self.choose, shared)
+        for layer, (chosen, grid, result) in zip(layers, found, strict=True):
+            if self.store is None:
+                self.results.append(result)
+                layer.settle(chosen, grid, self.name, result.words())
+                continue
+            self.store.put(
+                layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, grid.overall, layer.weight,
+                layer.block, layer.spec, layer.view.family, result,
+            )  # fmt: skip
+            self._take_stored(layer)
 
-    def _chosen_before(self, layer: Layer) -> bool:
-        """Is the weight in the store? Then the layer takes it from there. Raises StateError for another's weight."""
+    def _in_store(self, layer: Layer) -> bool:
+        return self.store is not None and self.store.get(layer.parameter_name) is not None
+
+    def _take_stored(self, layer: Layer) -> None:
+        """Raises StateError for another's weight."""
         stored = self.store.get(layer.parameter_name) if self.store is not None else None
-        if stored is None:
-            return False
+        assert stored is not None
         original, result = layer.weight, stored.result
         if stored.about["original"] != digest_of(original) or stored.spec != layer.spec:
             raise StateError(
@@ -186,42 +201,49 @@ class _Walk:
             weight, scale, zero = (values_of(t) for t in (weight, scale, zero))
         overall = stored.tensors()["overall"].to(original.device)
         layer.settle_on(weight, scale, zero, overall, self.name, result.words())
-        return True
 
 
-def round_weight(
-    layer: Layer, weight: Tensor, moments: Moments, name: str, choose: WeightFunction, overall: Tensor | None
-) -> tuple[Tensor, Grid, WeightResult]:
-    """(the weight [out, in] that an algorithm chooses, its grid, what that costs). Nothing is changed.
+def round_weights(
+    layers: list[Layer], weight: Tensor, moments: Moments, name: str, choose: WeightFunction, overall: Tensor | None
+) -> list[tuple[Tensor, Grid, WeightResult]]:
+    """For each layer of a stack (the weight [out, in] that an algorithm chooses, its grid, what that costs). Nothing is
+    changed.
 
-    overall: see `Grid`. Raises CalibrationError, with the layer's name, where it cannot be chosen.
+    weight: of all, one below the other. overall: see `Grid`. Raises CalibrationError, with the layers' names, where it
+    cannot be chosen.
     """
     start, hessian = time.perf_counter(), moments.hessian
+    where, spec, block = ", ".join(layer.view.where() for layer in layers), layers[0].spec, layers[0].block
     try:
-        if not layer.spec.ragged:
-            check_divides(weight.shape, layer.block, layer.view.where())
-        importance = hessian.diagonal(dim1=1, dim2=2).repeat_interleave(len(weight) // len(hessian), 0)
-        grid = Grid(layer.spec, layer.block, weight, overall=overall, importance=importance)
+        if not spec.ragged:
+            check_divides(weight.shape, block, where)
+        importance = hessian.diagonal(dim1=1, dim2=2)  # one row is enough where all have the same inputs
+        if len(hessian) > 1:
+            importance = importance.repeat_interleave(len(weight) // len(hessian), 0)
+        grid = Grid(spec, block, weight, overall=overall, importance=importance)
         chosen = _by_group(choose, weight, moments, grid)
         if chosen.shape != weight.shape:
             raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(weight.shape)}")
     except (GraphqError, torch.linalg.LinAlgError) as e:
         what, remedy = (e.what, e.remedy) if isinstance(e, GraphqError) else (str(e), "More damping.")
-        raise CalibrationError(f"{name}: {what}", where=layer.view.where(), remedy=remedy) from e
-    seconds = time.perf_counter() - start
-    errors = errors_of(weight, chosen, grid, hessian, moments.rows)
-    where = (layer.node.name, layer.view.path, name, seconds)
-    return chosen, grid, WeightResult(*where, **errors, unseen=moments.unseen)  # type: ignore[arg-type]
+        raise CalibrationError(f"{name}: {what}", where=where, remedy=remedy) from e
+    seconds, found = time.perf_counter() - start, []
+    rows = [len(weight)] if len(layers) == 1 else [layer.shape_of_weight[0] for layer in layers]
+    for layer, w, c, g in zip(layers, weight.split(rows), chosen.split(rows), grid.split(rows), strict=True):
+        errors = errors_of(w, c, g, hessian, moments.rows)
+        about = (layer.node.name, layer.view.path, name, seconds * len(w) / len(weight))
+        found.append((c, g, WeightResult(*about, **errors, unseen=moments.unseen)))  # type: ignore[arg-type]
+    return found
 
 
 def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:
     hessian = moments.hessian
     if _wants(choose, TOGETHER):
         count = _calls(len(hessian), hessian[0].numel())
-        some = zip(weight.chunk(count), hessian.chunk(count), grid.split(count), strict=True)
+        some = zip(weight.chunk(count), hessian.chunk(count), grid.split(_equal(weight, count)), strict=True)
         return torch.cat([choose(w.unflatten(0, (len(h), -1)), h, g).flatten(0, 1) for w, h, g in some])
     asymmetric, chosen = _wants(choose, ASYMMETRIC), []
-    grids = [grid] if len(hessian) == 1 else grid.split(len(hessian))
+    grids = [grid] if len(hessian) == 1 else grid.split(_equal(weight, len(hessian)))
     parts = zip(weight.chunk(len(hessian)), hessian, grids, moments.cross, strict=True)
     for number, (w, h, g, c) in enumerate(parts):
         if number in moments.unseen:
@@ -231,6 +253,14 @@ def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Gr
     return torch.cat(chosen)
 
 
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _equal(weight: Tensor, parts: int) -> list[int]:
+    return [len(weight) // parts] * parts
+
+
 def _calls(groups: int, size: int) -> int:
     """Into how many equal parts groups go whose matrices, of this size, are looked at together."""
     return next(n for n in range(1, groups + 1) if groups % n == 0 and (n == groups or groups // n * size <= MOST))
@@ -238,6 +268,20 @@ def _calls(groups: int, size: int) -> int:
 
 def _wants(choose: WeightFunction, attribute: str) -> bool:
     return bool(getattr(getattr(choose, "func", choose), attribute, False))
+
+
+def stacks_of(alike: list[Layer]) -> list[list[Layer]]:
+    """Layers of the same inputs in stacks that an algorithm may take for one weight: their rows have scales of their
+    own, in one format (q, k, v; gate, up)."""
+    found: dict[Any, list[list[Layer]]] = {}
+    for layer in alike:
+        rows_alone = bool(layer.block) and layer.block[0] == 1 and layer.spec.scale not in TWO_LEVEL
+        same = layer.view.family == "linear" and rows_alone
+        stacks = found.setdefault((layer.spec.model_dump_json(), layer.block) if same else layer.node, [[]])
+        if sum(other.shape_of_weight.numel() for other in [*stacks[-1], layer]) > MOST:
+            stacks.append([])
+        stacks[-1].append(layer)
+    return [stack for stacks in found.values() for stack in stacks if stack]
 
 
 def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:
@@ -258,24 +302,15 @@ def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, 
     for number, x in enumerate(inputs):
         rows = input_rows(layer, x, stream.masks[number])
         total = rows.new_zeros(len(rows), *[rows.shape[2]] * 2) if total is None else total
-        _add_upper_triangle(total, rows)
+        add_moments(total, rows)
         count += rows.shape[1]
         if wanted is not None:
             lost = input_rows(layer, wanted[number], stream.masks[number]) - rows
-            moment = lost.transpose(1, 2) @ rows
+            moment = matmul(lost.transpose(1, 2), rows)
             cross = moment if cross is None else cross + moment
     if total is None:
         raise CalibrationError("no calibration data reaches this layer", where=layer.view.where())
-    total = total.triu() + total.triu(1).transpose(1, 2)
-    return Moments(total, list(cross) if cross is not None else [None] * len(total), count)
-
-
-def _add_upper_triangle(total: Tensor, rows: Tensor) -> None:
-    """total [groups, in, in] += rowsᵀ·rows, but for blocks of it that lie under the diagonal."""
-    step = -(-total.shape[1] // STRIPES)
-    for start in range(0, total.shape[1], step):
-        part = rows[:, :, start : start + step].transpose(1, 2)
-        total[:, start : start + step, start:].baddbmm_(part, rows[:, :, start:])
+    return Moments(mirrored(total), list(cross) if cross is not None else [None] * len(total), count)
 
 
 def _moments_of_experts(inputs: list[Tensor], offsets: list[Tensor]) -> Moments:
@@ -284,11 +319,11 @@ def _moments_of_experts(inputs: list[Tensor], offsets: list[Tensor]) -> Moments:
     total, counts = inputs[0].new_zeros(experts, width, width, dtype=torch.float32), [0] * experts
     for x, ends in zip(inputs, offsets, strict=True):
         for expert, (start, stop) in enumerate(bounds(ends)):
-            rows = x[start:stop].float()
-            total[expert].addmm_(rows.T, rows)
+            if stop > start:
+                add_moments(total[expert : expert + 1], x[None, start:stop].float())
             counts[expert] += stop - start
     unseen = tuple(expert for expert, count in enumerate(counts) if count == 0)
-    return Moments(total, [None] * experts, sum(counts) / experts, unseen)
+    return Moments(mirrored(total), [None] * experts, sum(counts) / experts, unseen)
 
 
 def _correction(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -22,6 +22,7 @@ from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
 from graphq.numerics.affine import fake_quantize
+from graphq.numerics.products import linear
 from graphq.passes.placement import quantizer_at
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
@@ -68,7 +69,7 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | No
     """The best scale, or None where none is better than no scale."""
     own, largest = weights(gm, group), _weights_largest(gm, group)
     rows = seen.rows
-    wanted = [rows @ w.T for w in own]
+    wanted = [linear(rows, w) for w in own]
     spec = quantizer_at(gm, group.readers[0]).spec
     specs = [decision_of(n).weight_spec for n in group.linears]  # type: ignore[union-attr]
     candidates = [torch.ones_like(largest), *(_scale(seen.largest, largest, a) for a in ALPHAS)]
@@ -90,7 +91,7 @@ def _error(
     else:
         qparams, block = spec.choose((seen.lowest / scale).min() * clip, (seen.highest / scale).max() * clip), ()
     x = fake_quantize(x, *qparams, block, spec.number_format)
-    return sum((x @ w.T - y).square().sum().item() for w, y in zip(weights, wanted, strict=True))
+    return sum((linear(x, w) - y).square().sum().item() for w, y in zip(weights, wanted, strict=True))
 
 
 def _rounded_weight(weight: Tensor, spec: QuantSpec | None) -> Tensor:

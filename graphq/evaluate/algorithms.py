@@ -11,7 +11,7 @@ from torch import fx
 from graphq.algorithms.base import check_arguments
 from graphq.algorithms.layers import by_input
 from graphq.algorithms.results import WeightResult
-from graphq.algorithms.sequential import FUNCTIONS, alike_in_rows, moments_of, round_weight
+from graphq.algorithms.sequential import FUNCTIONS, alike_in_rows, moments_of, round_weights
 from graphq.calibration.runner import progress_of
 from graphq.calibration.stream import Stream
 from graphq.config.config import Algorithm
@@ -41,7 +41,7 @@ def compare_algorithms(
             for layer in alike:
                 overall = shared.get(layer.quantizer)
                 for name, choose in chosen.items():
-                    results.append(round_weight(layer, layer.matrix(), moments, name, choose, overall)[2])
+                    results += [r for *_, r in round_weights([layer], layer.matrix(), moments, name, choose, overall)]
     return results
 
 

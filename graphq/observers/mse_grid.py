@@ -52,8 +52,9 @@ class MseGrid(MovingAverage):
     def _loss(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         s = self.spec
         scale, zero = s.choose(lo, hi)
-        y = fake_quantize(x, scale, zero, self.block, s.number_format, narrow_range=s.narrow_range)
-        return blocks_of(self._cost((y - x).abs_().pow_(self.norm)), self.block).sum(-1)
+        error = fake_quantize(x, scale, zero, self.block, s.number_format, narrow_range=s.narrow_range).sub_(x)
+        error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
+        return blocks_of(self._cost(error), self.block).sum(-1)
 
     def _cost(self, error: Tensor) -> Tensor:
         return error
@@ -74,7 +75,7 @@ class WeightedMseGrid(MseGrid):
         block: tuple[int, ...],
         rate: float = 1.0,
         shrink: float = 0.4,
-        grid: int = 100,
+        grid: int = 50,
         norm: float = 2.0,
         patience: int = 5,
     ) -> None:

@@ -258,19 +258,32 @@ def test_a_walk_that_fails_leaves_the_graph_as_it_was(monkeypatch):
     prepared, untroubled = (graphq.prepare(model, config("gptq"), (data[0],)) for _ in range(2))
     walk, seen = gptq_module.walk, []
 
-    def third_fails(*args, **kwargs):
+    def last_fails(*args, **kwargs):
         seen.append(1)
-        if len(seen) == 4:  # the first is the trial of the arguments
+        if len(seen) == 3:  # the first is the trial of the arguments, the second q, k and v
             raise torch.linalg.LinAlgError("singular")
         return walk(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gptq_module, "walk", third_fails)
-        with pytest.raises(CalibrationError, match=r"singular[\s\S]*blocks.0.v"):
+        patch.setattr(gptq_module, "walk", last_fails)
+        with pytest.raises(CalibrationError, match=r"singular[\s\S]*blocks.0.o"):
             graphq.calibrate(prepared, data, progress=False)
     assert not any(q.settled for q in quantizers(prepared).values())
     outputs = [graphq.calibrate(g, data, progress=False)(data[0]) for g in (prepared, untroubled)]
     assert torch.equal(*outputs)
+
+
+def test_layers_of_one_tensor_are_walked_together_and_chosen_as_if_alone(monkeypatch):
+    walk, seen = gptq_module.walk, []
+    monkeypatch.setattr(gptq_module, "walk", lambda *args, **kwargs: (seen.append(1), walk(*args, **kwargs))[1])
+    model, found = Decoder(1).eval(), []
+    for most, calls in ((sequential.MOST, 1 + 4), (1, 1 + 7)):  # one is the trial of the arguments
+        monkeypatch.setattr(sequential, "MOST", most)
+        prepared = graphq.prepare(model, config("gptq"), (correlated()[0],))
+        found.append(graphq.calibrate(prepared, correlated(), progress=False)(correlated()[0]))
+        assert len(seen) == calls
+        seen.clear()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_that_a_server_stacks_keep_one_scale_over_their_scales():

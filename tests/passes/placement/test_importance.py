@@ -48,7 +48,7 @@ def test_the_scale_has_the_least_weighted_error_of_the_grid(name):
         best = min(
             (
                 ((np.abs(np.clip(np.rint(w / s), -8, 7) * s - w) ** 2 * columns).sum(), s)
-                for s in (np.float32(np.abs(w).max() * (1 - i / 100) / 7) for i in range(40))
+                for s in (np.float32(np.abs(w).max() * (1 - i / 50) / 7) for i in range(20))
             ),
         )
         assert scale == pytest.approx(best[1], rel=1e-6)

@@ -5,8 +5,8 @@
     python benchmarks/vs_llm_peers.py --peers peers/bin/python [--model DIR] [--json FILE] [--check]
 
 SmolLM2-135M, linears symmetric int4 in groups of 64, the same 64 windows of 256 tokens for all, 32 others for
-perplexity. Every run is a process of its own; in turns, twice; the faster counts. GPTQ of ours reads weights from disk
-as it needs them, and its results go there. Seconds are those of quantizing, peak memory is that of the whole process.
+perplexity. Every run is a process of its own; in turns, twice; the faster counts. Ours reads weights from disk as it
+needs them, and its results go there. Seconds are those of quantizing, peak memory is that of the whole process.
 "layer": GPTQ of one weight of 4096 × 4096, without its Hessian. Peers that fail are told with their last line (AWQ of
 llm-compressor wants a GPU). gptqmodel 7.7 cannot be installed beside torch 2.13.
 
@@ -45,28 +45,21 @@ OURS = {"GPTQ": ["gptq"], "AWQ": ["awq"]}
 def ours(algorithm: str, folder: str, calibration: str, held: str) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    how = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    streamed = algorithm == "gptq"  # one layer of the model in memory; AWQ changes the layers before a layer too
-    if streamed:
-        shape = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
-        model = Logits(graphq.from_disk(lambda: AutoModelForCausalLM.from_config(shape), folder)).eval()
-    else:
-        model = Logits(AutoModelForCausalLM.from_pretrained(folder, **how)).eval()
+    shape = AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
+    model = Logits(graphq.from_disk(lambda: AutoModelForCausalLM.from_config(shape), folder)).eval()
     rules = (Rule(select="linear", scheme=Scheme(weight=SPEC)), Rule(select="*lm_head", reason="the head"))
-    config = QuantConfig(rules=rules, algorithms=(algorithm,))  # type: ignore[arg-type]
+    algorithms = {"gptq": ("gptq",), "awq": ("awq", "rtn")}[algorithm]
+    config = QuantConfig(rules=rules, algorithms=algorithms)  # type: ignore[arg-type]
     free, data = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, torch.load(calibration)
     start = time.perf_counter()
     example = (torch.cat(data[:2])[:, :32],)
     prepared = graphq.prepare(model, config, example, target="simulation", dynamic_shapes=(free,))
     with tempfile.TemporaryDirectory() as store:
-        calibrated = graphq.calibrate(prepared, data, progress=False, store=store if streamed else None)
+        calibrated = graphq.calibrate(prepared, data, progress=False, store=store)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if streamed:
-            eager = graphq.apply_stored(store, Logits(AutoModelForCausalLM.from_pretrained(folder, **how)).eval())
-        else:
-            eager = graphq.fold_weights(calibrated)
-    return {"seconds": seconds, "peak": peak, "perplexity": perplexity(lambda ids: eager(ids), torch.load(held))}
+        folded = graphq.fold_weights(calibrated)  # reads them all
+    return {"seconds": seconds, "peak": peak, "perplexity": perplexity(lambda ids: folded(ids), torch.load(held))}
 
 
 def our_layer(size: int, rows: int) -> dict[str, float]:

@@ -11,14 +11,12 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from graphq.algorithms import ALGORITHMS
+from graphq.algorithms.store import original_name
 from graphq.errors import StateError
 from graphq.graph.view import parameter
 from graphq.qat import FOLDED
 from graphq.quantizer import TensorQuantizer
 
-TRANSPOSED = "t"
-WORDS = ("smoothed", "corrected", "guarded", TRANSPOSED)
 MADE_BY_TRACING = "lifted_tensor"  # constants of the model's own forward, by torch.export's name
 
 
@@ -42,7 +40,7 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
         if tensor is None or not tensor.is_floating_point() or MADE_BY_TRACING in str(node.target):
             continue
         for value in _as_read(calibrated, node, tensor):
-            name, turned = _original(str(node.target), state)
+            name, turned = original_name(str(node.target), state)
             if name is None:
                 raise StateError(
                     "the model has no place for this tensor of the graph",
@@ -67,14 +65,3 @@ def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[Tensor]:
         quantizer = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
         found.append(quantizer(tensor) if isinstance(quantizer, TensorQuantizer) else tensor.detach())
     return found
-
-
-def _original(name: str, state: dict[str, Tensor]) -> tuple[str | None, bool]:
-    """(the model's own name of a tensor, whether it is transposed there): what keeps its place appends words to it."""
-    turned = False
-    while name not in state:
-        name, _, word = name.rpartition("_")
-        if word not in (*WORDS, *ALGORITHMS.names()):
-            return None, False
-        turned ^= word == TRANSPOSED
-    return name, turned

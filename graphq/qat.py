@@ -23,7 +23,7 @@ from graphq.graph.fork import fork
 from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import finish
 from graphq.graph.recurrent_ops import LSTM
-from graphq.graph.view import MADE, LayerView, parameter
+from graphq.graph.view import MADE, LayerView, parameter, read_all
 from graphq.observers import make_observer
 from graphq.quantizer import Learn, quantizers
 
@@ -124,10 +124,11 @@ FOLDED = "graphq_folded"  # in a graph's meta: its weights are fake-quantized fo
 @torch.no_grad()
 def fold_weights(calibrated: fx.GraphModule) -> fx.GraphModule:
     """A copy for fast evaluation: weights are fake-quantized once, not at every call. It cannot be trained, converted
-    or exported: the float weights are gone."""
+    or exported: the float weights are gone. Those on disk are read."""
     if calibrated.meta.get("graphq_stage") != "calibrated":
         raise StateError("folding takes a calibrated graph", remedy="Call graphq.prepare and graphq.calibrate first.")
-    gm = settle(calibrated) if TRAINED in calibrated.meta else own_tensors(fork(calibrated))
+    gm = settle(calibrated) if TRAINED in calibrated.meta else fork(calibrated)
+    read_all(gm)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
             continue

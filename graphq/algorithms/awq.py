@@ -16,12 +16,11 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
-from graphq.algorithms.samples import RowSamples, mask_watchers
-from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
+from graphq.algorithms.samples import RowSamples
+from graphq.algorithms.scaling import Group, groups, search_scales, weights
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
-from graphq.graph.garbage import give_back
 from graphq.numerics.affine import blocks_of, expand
 from graphq.numerics.products import linear
 from graphq.passes.placement import quantizer_at, quantizer_calls
@@ -37,20 +36,13 @@ def awq(graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool
     if grid < 1:
         raise ConfigError(f"a grid has at least one step, not {grid}", where="awq")
     every = [{g.name: g for g in groups(gm)} for gm in graphs]
-    found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
-    if not found:
+    if not set.intersection(*map(set, every)):
         raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")
-    masks = mask_watchers(graphs[0])
-    seen = {name: RowSamples(ROWS, masks) for name in found}
-    run([*masks, *((g.source, seen[name]) for name, g in found.items())])
-    scales = {}
-    for name, group in run.progress(found.items(), "awq"):
-        rows = seen.pop(name)  # not needed after this
-        scale = _searched(graphs[0], group, rows, grid, duo) if rows.count else None
-        if scale is not None:
-            scales[name] = scale
-        give_back()
-    apply_everywhere(graphs, every, scales)
+
+    def choose(group: Group, seen: RowSamples) -> Tensor | None:
+        return _searched(graphs[0], group, seen, grid, duo)
+
+    search_scales(graphs, run, every, choose, label="awq", most=ROWS, padding=False)
 
 
 def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples, steps: int, duo: bool) -> Tensor | None:

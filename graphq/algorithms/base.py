@@ -37,6 +37,7 @@ class Run(Protocol):
     """The calibration data, as often as an algorithm wants them. store: where chosen weights are kept, if anywhere."""
 
     store: WeightStore | None
+    step: int  # the place in the config of the algorithm that runs
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         """Show tensors to modules, given as (node of the first graph, module), in one run over the data."""

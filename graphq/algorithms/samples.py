@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-MOST = 512
+from graphq.algorithms.base import Run
+from graphq.graph.on_disk import on_disk
+
 MASK = "attention_mask"  # an input of that name says which tokens count
 
 
@@ -37,7 +40,7 @@ class RowSamples(nn.Module):
     highest: Tensor
     magnitude: Tensor
 
-    def __init__(self, most: int = MOST, masks: Sequence[tuple[fx.Node, TokenMask]] = ()) -> None:
+    def __init__(self, most: int, masks: Sequence[tuple[fx.Node, TokenMask]] = ()) -> None:
         super().__init__()
         self.masks = [mask for _, mask in masks]
         self.most, self.step, self.count = most, 1, 0
@@ -77,3 +80,26 @@ class RowSamples(nn.Module):
     def mean(self) -> Tensor:
         """Mean magnitude [channels]."""
         return (self.magnitude / self.count).float()
+
+
+def rows_of(
+    gm: fx.GraphModule, run: Run, sources: dict[str, fx.Node], most: int, *, padding: bool
+) -> Iterator[tuple[str, RowSamples]]:
+    """(name, what was seen of the tensor), in the order given, which is that of the graph.
+
+    In one run over the data; or, where weights are on disk, of one tensor after the other, while all samples go through
+    the graph in step. padding: look at tokens too that do not count.
+    """
+    if any(on_disk(t) for t in itertools.chain(gm.parameters(), gm.buffers())):
+        stream, mask = run.stream(gm), TokenMask()
+        for name, source in sources.items():
+            seen = RowSamples(most, () if padding else [(source, mask)])
+            for x, mask.value in zip(stream.until(source), stream.masks, strict=True):
+                seen(x)
+            yield name, seen
+        return
+    masks = [] if padding else mask_watchers(gm)
+    every = {name: RowSamples(most, masks) for name in sources}
+    run([*masks, *((source, every[name]) for name, source in sources.items())])
+    for name in sources:
+        yield name, every.pop(name)  # not needed after this

@@ -10,22 +10,27 @@ BERT).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import replace_read
+from graphq.algorithms.base import Run, replace_read
+from graphq.algorithms.samples import RowSamples, rows_of
 from graphq.graph.decision import KEY as DECISION
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.garbage import give_back
+from graphq.graph.on_disk import scaled
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
-from graphq.graph.view import LayerView, parameter, set_parameter, value_of
+from graphq.graph.view import LayerView, held, parameter, set_parameter, value_of
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
+WORD = "smoothed"  # appended to the name of a parameter that has taken in a scale
+FACTORS = "smoothing"  # the name of a scale that stands between two ops
 SMOOTHED = "graphq_smoothed"  # in a graph's meta: the groups that got a scale, so that `load` can make them again
+SEARCHED = ("smoothquant", "awq")  # what searches them
 NORMS = ("layer_norm", "rms_norm")
 HOMOGENEOUS = ("relu", "leaky_relu")  # a positive scale may as well stand in front of them
 Part = tuple[fx.Node, fx.Node]  # a parameter with an entry, or a row, per channel, and the op that reads it
@@ -56,7 +61,7 @@ def groups(gm: fx.GraphModule) -> list[Group]:
     found = []
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
-            if parameter(gm, node.all_input_nodes[0]) is not None or quantizer_at(gm, node).constant or not node.users:
+            if held(gm, node.all_input_nodes[0]) is not None or quantizer_at(gm, node).constant or not node.users:
                 continue
             if all(_scalable(gm, user, node) for user in node.users):
                 found.append(Group(node.all_input_nodes[0], [node], list(node.users)))
@@ -80,6 +85,48 @@ def weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
     """[out, in] each, in float32."""
     tensors = [parameter(gm, decision_of(n).weight) for n in group.linears]  # type: ignore[union-attr]
     return [t.detach().float() for t in tensors if t is not None]
+
+
+def search_scales(
+    graphs: Sequence[fx.GraphModule],
+    run: Run,
+    every: Sequence[dict[str, Group]],
+    choose: Callable[[Group, RowSamples], Tensor | None],
+    *,
+    label: str,
+    most: int,
+    padding: bool,
+) -> None:
+    """Choose a scale for each group that all graphs have (every: by name, of each graph), and put it into all of them.
+
+    choose: from what was seen of the group's tensor in the first graph, `most` rows of it; None for no scale. padding:
+    tokens that a mask leaves out are looked at too. What an earlier run has left in the store is not searched again.
+    """
+    found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
+    scales = None if run.store is None else run.store.get_scales(run.step)
+    if scales is None:
+        scales = {}
+        seen = rows_of(graphs[0], run, {name: g.source for name, g in found.items()}, most, padding=padding)
+        for (name, group), (_, rows) in zip(run.progress(found.items(), label), seen, strict=True):
+            scale = choose(group, rows) if rows.count else None
+            if scale is not None:
+                scales[name] = scale
+            give_back()
+        if run.store is not None:
+            run.store.put_scales(run.step, scales)
+    apply_everywhere(graphs, every, scales)
+    if run.store is not None:
+        run.store.put_others(_changed(graphs[0]))
+
+
+def _changed(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """What has taken in scales and is not quantized, and scales that stand between two ops."""
+    found = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        ours = WORD in node.target or node.target.rpartition(".")[2].startswith(FACTORS)
+        if ours and not any(user.op == "call_module" for user in node.users):
+            found[str(node.target)] = parameter(gm, node)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -138,10 +185,9 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) 
     for node in group.linears:
         decision = decision_of(node)
         assert decision is not None and decision.weight is not None
-        weight, (_, call) = parameter(gm, decision.weight), quantizer_calls(decision)
+        weight, (_, call) = held(gm, decision.weight), quantizer_calls(decision)
         assert weight is not None and call is not None
-        scaled = (weight.detach() * scale).to(weight.dtype)
-        decision.weight = replace_read(gm, decision.weight, call, scaled, "smoothed")
+        decision.weight = replace_read(gm, decision.weight, call, scaled(weight, scale), WORD)
         decision.reason += "; scaled by channel"
     if fold:
         parts = made_by(gm, group.source, group.readers)
@@ -164,7 +210,7 @@ def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> li
     view, family = LayerView(gm, node), family_of(node.target)
     if family in NORMS:
         reads = [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
-        known = [parameter(gm, r) for r in reads]
+        known = [held(gm, r) for r in reads]
         channels = value_of(node).shape[-1]
         whole = all(t is not None and t.shape == (channels,) for t in known)
         return [(r, node) for r in reads] if view.arg("weight") is not None and whole else None
@@ -227,14 +273,14 @@ def _rows_of_linear(gm: fx.GraphModule, node: fx.Node) -> list[Part] | None:
     bias = view.arg("bias")
     if bias is not None:
         parts.append((bias, node))
-    return parts if all(parameter(gm, r) is not None and len(r.users) == 1 for r, _ in parts) else None
+    return parts if all(held(gm, r) is not None and len(r.users) == 1 for r, _ in parts) else None
 
 
 def _divide(gm: fx.GraphModule, read: fx.Node, user: fx.Node, scale: Tensor) -> None:
-    tensor = parameter(gm, read)
+    tensor = held(gm, read)
     assert tensor is not None
-    divided = (tensor.detach() / (scale if tensor.ndim == 1 else scale[:, None])).to(tensor.dtype)
-    new = replace_read(gm, read, user, divided, "smoothed")
+    divided = scaled(tensor, scale if tensor.ndim == 1 else scale[:, None], divide=True)
+    new = replace_read(gm, read, user, divided, WORD)
     for node in gm.graph.nodes:
         decision = decision_of(node)
         if decision is not None and decision.weight is read:
@@ -245,7 +291,7 @@ def _divide(gm: fx.GraphModule, read: fx.Node, user: fx.Node, scale: Tensor) -> 
 
 def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:
     base = str(decision_of(group.linears[0]).weight.target).rpartition(".")[0]  # type: ignore[union-attr]
-    name = f"{base}.smoothing" if base else "smoothing"
+    name = f"{base}.{FACTORS}" if base else FACTORS
     with gm.graph.inserting_before(min(group.readers)):
         read = gm.graph.get_attr(set_parameter(gm, name, factor))
         made = (group.source, read)  # named after its source: in the graphs of several targets it is the same tensor

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.samples import RowSamples
-from graphq.algorithms.scaling import Group, apply_everywhere, groups, weights
+from graphq.algorithms.scaling import Group, groups, search_scales, weights
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
 from graphq.graph.decision import decision_of
@@ -28,6 +28,7 @@ from graphq.passes.placement import quantizer_at
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 CLIPS = (1.0, 0.9, 0.8, 0.65, 0.5)  # parts of the range that observers may choose
 SMALLEST = 1e-5
+ROWS = 512  # of every tensor
 
 
 @ALGORITHMS.register("smoothquant")
@@ -36,23 +37,16 @@ def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Li
     if alpha != "search" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
         raise ConfigError(f"alpha is a number from 0 to 1 or 'search', not {alpha!r}", where="smoothquant")
     every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
-    first = graphs[0]
-    found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
-    seen = {name: RowSamples() for name in found}  # of all tokens, also those of padding: the scale is for them too
-    if not found:
+    if not set.intersection(*map(set, every)):
         return
-    run([(g.source, seen[name]) for name, g in found.items()])
-    scales = {}
-    for name, group in found.items():
-        if not seen[name].count:
-            continue
+
+    def choose(group: Group, seen: RowSamples) -> Tensor | None:
         if alpha == "search":
-            scale = _searched(first, group, seen[name])
-        else:
-            scale = _scale(seen[name].largest, _weights_largest(first, group), float(alpha))
-        if scale is not None:
-            scales[name] = scale
-    apply_everywhere(graphs, every, scales)
+            return _searched(graphs[0], group, seen)
+        return _scale(seen.largest, _weights_largest(graphs[0], group), float(alpha))
+
+    # of all tokens, also those of padding: the scale of the tensor is for them too
+    search_scales(graphs, run, every, choose, label="smoothquant", most=ROWS, padding=True)
 
 
 def _weights_largest(gm: fx.GraphModule, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from graphq.algorithms.base import ALGORITHMS
 from graphq.algorithms.results import WeightResult
+from graphq.algorithms.scaling import FACTORS, WORD
 from graphq.config.spec import QuantSpec
 from graphq.errors import LoadError, StateError, did_you_mean
 from graphq.graph.on_disk import on_disk, placeholder
@@ -27,6 +29,9 @@ from graphq.numerics.affine import dequantize
 from graphq.numerics.pairs import from_k
 
 ABOUT, SUFFIX = "about.json", ".weight.safetensors"
+TRANSPOSED = "t"
+WORDS = (WORD, "corrected", "guarded", TRANSPOSED)
+SCALES, OTHERS = "scales-{}.safetensors", "others.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,7 @@ class ChosenWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """codes [out, K], scale and zero_point one for each block of `spec`, overall []. Raises LoadError."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                part = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise LoadError(f"this weight cannot be read: {e}", where=str(self.path), remedy="Delete the file.") from e
+        part = _read_file(self.path)
         part["zero_point"] = part["zero_point"].to(torch.int32).expand_as(part["scale"])
         return part
 
@@ -132,10 +133,20 @@ class WeightStore:
             "result": json.dumps(result.to_dict()),
         }
         path = self.folder / f"{parameter}{SUFFIX}"
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata=about)
-        os.replace(part, path)
+        _save(path, tensors, about)
         return ChosenWeight(path)
+
+    def get_scales(self, step: int) -> dict[str, Tensor] | None:
+        """What an earlier run has found in this step of its algorithms: scales of channels, by the tensor's name."""
+        path = self.folder / SCALES.format(step)
+        return _read_file(path) if path.is_file() else None
+
+    def put_scales(self, step: int, scales: dict[str, Tensor]) -> None:
+        _save(self.folder / SCALES.format(step), scales)
+
+    def put_others(self, tensors: dict[str, Tensor]) -> None:
+        """Keep parameters that took in scales and are not quantized (norms, biases), by their names in the graph."""
+        _save(self.folder / OTHERS, tensors)
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -168,20 +179,40 @@ def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
     Nothing is changed where one of them has no place there: LoadError.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights = list(stored_weights(folder))
-    for weight in weights:
-        known = parameters.get(weight.parameter)
-        if known is None or on_disk(known) or list(known.shape) != json.loads(weight.about["shape"]):
-            other = (
-                "this parameter on disk" if known is not None and on_disk(known) else "another shape of this parameter"
-            )
-            what = "no such parameter" if known is None else other
-            raise LoadError(
-                f"the model has {what}", where=weight.parameter, remedy=did_you_mean(weight.parameter, parameters)
-            )
-    for weight in weights:
-        parameters[weight.parameter].copy_(weight.read())
+    others = _read_file(Path(folder) / OTHERS) if (Path(folder) / OTHERS).is_file() else {}
+    given: list[tuple[str, list[int], Tensor | ChosenWeight]] = [(n, list(t.shape), t) for n, t in others.items()]
+    given += [(w.parameter, json.loads(w.about["shape"]), w) for w in stored_weights(folder)]
+    places = [_place_of(name, shape, parameters) for name, shape, _ in given]
+    for (known, turned), (_, _, new) in zip(places, given, strict=True):
+        values = new.read() if isinstance(new, ChosenWeight) else new
+        known.copy_(values.T if turned else values)
     return model
+
+
+def _place_of(stored: str, shape: list[int], parameters: dict[str, nn.Parameter]) -> tuple[nn.Parameter, bool]:
+    """(the model's parameter, whether it is transposed there)."""
+    name, turned = original_name(stored, parameters)
+    if name is None and stored.rpartition(".")[2].startswith(FACTORS):
+        raise LoadError("these scales of channels stand between two ops, and the model has no op there",
+                        where=stored, remedy="Take the calibrated graph: graphq.fold_weights.")  # fmt: skip
+    if name is None:
+        raise LoadError("the model has no such parameter", where=stored, remedy=did_you_mean(stored, parameters))
+    known = parameters[name]
+    if on_disk(known) or list(known.shape) != (shape[::-1] if turned else shape):
+        what = "this parameter on disk" if on_disk(known) else "another shape of this parameter"
+        raise LoadError(f"the model has {what}", where=stored, remedy="Give the model that was traced, in memory.")
+    return known, turned
+
+
+def original_name(name: str, known: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """(the model's own name of a tensor, whether it is transposed there): what keeps its place appends words to it."""
+    turned = False
+    while name not in known:
+        name, _, word = name.rpartition("_")
+        if word not in (*WORDS, *ALGORITHMS.names()):
+            return None, False
+        turned ^= word == TRANSPOSED
+    return name, turned
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -192,6 +223,20 @@ def _read_about(folder: Path) -> dict[str, Any]:
             "this folder holds no weights of a run", where=str(folder), remedy="Give the store of graphq.calibrate."
         ) from e
     return about
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise LoadError(f"this file cannot be read: {e}", where=str(path), remedy="Delete the file.") from e
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, part, metadata=about)
+    os.replace(part, path)
 
 
 def _write(path: Path, content: bytes) -> None:

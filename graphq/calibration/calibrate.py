@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms import ALGORITHMS
 from graphq.algorithms.layers import by_input
+from graphq.algorithms.scaling import SEARCHED
 from graphq.algorithms.sequential import FUNCTIONS
 from graphq.algorithms.store import WeightStore
 from graphq.calibration.batches import batches_of
@@ -131,11 +132,11 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
     """
     config = graphs[0].meta["graphq_config"]
     names = [a.name for a in config.algorithms]
-    if not names or not set(names) <= FUNCTIONS.keys():
+    if not set(names) & FUNCTIONS.keys() or not set(names) <= FUNCTIONS.keys() | set(SEARCHED):
         raise ConfigError(
             "a store is for weights that are chosen one after the other",
             where=" and ".join(names) or "no algorithm",
-            remedy=f"algorithms: one of {', '.join(FUNCTIONS)}.",
+            remedy=f"algorithms: one of {', '.join(FUNCTIONS)}, after {' or '.join(SEARCHED)} if you like.",
         )
     if len(graphs) > 1:
         raise StateError("a store is for one target", where=str(folder), remedy="Calibrate the graphs one by one.")
@@ -157,6 +158,7 @@ def _run_algorithms(graphs: Sequence[fx.GraphModule], run: _Run) -> None:
     if any(names != done[0] for names in done):
         raise StateError("algorithms have run on some of these graphs", remedy="Prepare them again, together.")
     for algorithm in graphs[0].meta["graphq_config"].algorithms[len(done[0]) :]:
+        run.step = len(done[0])
         ALGORITHMS[algorithm.name](graphs, run, **algorithm.args)
         for names in done:
             names.append(algorithm.name)
@@ -167,7 +169,7 @@ class _Run:
 
     def __init__(self, first: fx.GraphModule, data: Any, show: bool, store: WeightStore | None, frontier: str) -> None:
         self.first, self.data, self.show, self.store = first, data, show, store
-        self.on_disk, self.streams = frontier == "disk", 0
+        self.on_disk, self.streams, self.step = frontier == "disk", 0, 0
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
         with watching(self.first, watchers):

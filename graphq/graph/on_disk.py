@@ -46,6 +46,28 @@ class InFile:
             raise LoadError(f"the weights cannot be read: {e}", where=f"{self.path}: {self.key}") from e
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor on disk times factors, or divided by them, which go with it by broadcasting."""
+
+    source: Source
+    factors: Tensor
+    divide: bool
+
+    def read(self) -> Tensor:
+        values = self.source.read()
+        factors = self.factors.to(values.device)
+        return values / factors if self.divide else values * factors
+
+
+def scaled(tensor: Tensor, factors: Tensor, *, divide: bool = False) -> Tensor:
+    """The tensor times factors, or divided by them, in its dtype; one on disk stays there."""
+    source: Source | None = getattr(tensor, SOURCE, None)
+    if source is not None:
+        return placeholder(tensor.shape, Scaled(source, factors, divide), tensor.dtype, tensor.device)
+    return (tensor.detach() / factors if divide else tensor.detach() * factors).to(tensor.dtype)
+
+
 def placeholder(
     shape: Sequence[int], source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 import graphq
 from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.algorithms import awq as awq_module
 from graphq.errors import ConfigError, LoadError, StateError
 from graphq.graph.on_disk import from_disk, on_disk, values_of
 from graphq.quantizer import quantizers
@@ -262,3 +263,61 @@ def test_convolutions_and_scales_per_channel_come_back_as_they_were(tmp_path):
     assert {w.parameter: list(w.read().shape) for w in graphq.stored_weights(tmp_path / "store")} == {
         "0.weight": [6, 2, 3, 3], "3.weight": [3, 54],
     }  # fmt: skip
+
+
+SCALED = ("awq", {"name": "gptq"})
+
+
+@pytest.fixture(scope="module")
+def scaled(checkpoint, tmp_path_factory):
+    """As `whole`, with AWQ before GPTQ."""
+    store = tmp_path_factory.mktemp("scaled") / "store"
+    graph = prepared(in_memory(checkpoint), config(algorithms=SCALED))
+    return graphq.calibrate(graph, DATA, progress=False, store=store), store
+
+
+def test_awq_of_a_model_on_disk_gives_the_bits_of_one_in_memory(checkpoint, scaled, tmp_path):
+    graph = prepared(Logits(from_disk(build, checkpoint)), config(algorithms=SCALED))
+    graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
+    assert same(files(tmp_path / "store"), files(scaled[1]))
+    assert len(graph.meta["graphq_smoothed"]) == 4
+    assert all(on_disk(t) for n, t in graph.named_buffers() if n.endswith("weight_smoothed") and t.ndim == 2)
+    assert torch.equal(graphq.fold_weights(graph)(DATA[0]), graphq.fold_weights(scaled[0])(DATA[0]))
+
+
+def test_scales_that_a_stopped_run_has_found_are_not_searched_again(checkpoint, scaled, tmp_path, monkeypatch):
+    shutil.copytree(scaled[1], tmp_path / "store")
+    for path in list((tmp_path / "store").glob("*.weight.safetensors"))[:3]:
+        path.unlink()
+    monkeypatch.setattr(awq_module, "_searched", lambda *_: pytest.fail("searched again"))
+    graph = prepared(in_memory(checkpoint), config(algorithms=SCALED))
+    graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
+    assert same(files(tmp_path / "store"), files(scaled[1]))
+
+
+def test_scaled_weights_and_norms_go_into_an_eager_model(tmp_path):
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(**{**CONFIG, "num_key_value_heads": 4})
+    model = Logits(transformers.LlamaForCausalLM(settings).eval())
+    graph = graphq.calibrate(prepared(model, config(algorithms=SCALED)), DATA, progress=False, store=tmp_path / "store")
+    assert graph.meta["graphq_smoothed"] and all(folded for _, folded in graph.meta["graphq_smoothed"])
+    torch.testing.assert_close(graphq.apply_stored(tmp_path / "store", model)(DATA[0]), graph(DATA[0]))
+
+
+def test_scales_between_two_ops_have_no_place_in_an_eager_model(checkpoint, scaled):
+    model = in_memory(checkpoint)
+    before = model(DATA[0])
+    with pytest.raises(LoadError, match=r"two ops[\s\S]*fold_weights"):
+        graphq.apply_stored(scaled[1], model)
+    assert torch.equal(model(DATA[0]), before)
+
+
+def test_smoothquant_of_a_model_on_disk_gives_the_scales_of_one_in_memory(checkpoint, tmp_path):
+    dynamic = QuantSpec(format="int8", granularity="token", dynamic=True)
+    scheme = Scheme(input=dynamic, weight=QuantSpec(format="int8", granularity="channel"))
+    rules = (Rule(select="linear", scheme=scheme), Rule(select="*lm_head", reason="the head"))
+    settings = QuantConfig(rules=rules, algorithms=("smoothquant", "rtn"))
+    for name, model in (("disk", Logits(from_disk(build, checkpoint))), ("memory", in_memory(checkpoint))):
+        graphq.calibrate(prepared(model, settings), DATA, progress=False, store=tmp_path / name)
+    found = files(tmp_path / "disk")
+    assert found["scales-0.safetensors"] and same(found, files(tmp_path / "memory"))

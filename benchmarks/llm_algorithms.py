@@ -41,6 +41,7 @@ METHODS = {  # name → (observer of the weights, algorithms)
     "RTN, MSE": ("mse_grid", []),
     "RTN, weighted MSE": ("imatrix_mse", []),
     "AWQ": ("imatrix_mse", ["awq"]),
+    "AutoRound": ("imatrix_mse", ["autoround"]),
     "GPTQ": ("imatrix_mse", [GPTQ]),
     "GPTQ + QEP": ("imatrix_mse", [QEP]),
     "AWQ + GPTQ": ("imatrix_mse", ["awq", GPTQ]),

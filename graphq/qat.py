@@ -23,7 +23,7 @@ from graphq.graph.fork import fork
 from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import finish
 from graphq.graph.recurrent_ops import LSTM
-from graphq.graph.view import MADE, LayerView, parameter, read_all
+from graphq.graph.view import MADE, LayerView, drop_unused_parameters, parameter, read_all
 from graphq.observers import make_observer
 from graphq.quantizer import Learn, quantizers
 
@@ -142,6 +142,8 @@ def fold_weights(calibrated: fx.GraphModule) -> fx.GraphModule:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    drop_unused_parameters(gm)
     gm.meta[FOLDED] = True
     gm.recompile()
-    return gm
+    return own_tensors(gm)

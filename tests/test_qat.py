@@ -247,3 +247,13 @@ def test_observers_do_not_follow_validation_data():
     before = [q.scale.clone() for q in quantizers(trained).values()]
     trained.eval()(100 * x)
     assert all(torch.equal(a, q.scale) for a, q in zip(before, quantizers(trained).values(), strict=True))
+
+
+def test_a_folded_graph_shares_nothing_with_the_calibrated_one_and_the_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval()
+    x = torch.randn(4, 16)
+    graph = graphq.calibrate(graphq.prepare(model, "int8_weight_only", (x,)), [x], progress=False)
+    before = model(x), graph(x)
+    graphq.fold_weights(graph).half()
+    assert torch.equal(model(x), before[0]) and torch.equal(graph(x), before[1])

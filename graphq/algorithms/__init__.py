@@ -1,6 +1,6 @@
 """Algorithms that prepare weights for quantization, by name: `QuantConfig(algorithms=["smoothquant"])`."""
 
-from graphq.algorithms import adaround, awq, equalization, fpi_gptq, gptaq, gptq, rtn, smoothquant
+from graphq.algorithms import adaround, autoround, awq, equalization, fpi_gptq, gptaq, gptq, rtn, smoothquant
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.sequential import weight_algorithm
 
@@ -8,6 +8,7 @@ __all__ = [
     "ALGORITHMS",
     "Run",
     "adaround",
+    "autoround",
     "awq",
     "equalization",
     "fpi_gptq",

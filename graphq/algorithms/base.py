@@ -9,7 +9,7 @@ graphs: made of one model for several targets, all computing the float model; on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
@@ -24,13 +24,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Alive(Protocol):
+    """Values of every batch, by the node that made them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Mapping[fx.Node, Any]: ...
+
+
 class Stream(Protocol):
     """All samples on their way through a graph, none ahead of the others."""
 
     masks: list[Tensor | None]  # for every batch: which tokens count [n, length], where the batch says so
+    order: list[fx.Node]  # the ops, without those on parameters alone
+
+    @property
+    def frontier(self) -> Alive:
+        """Of every batch what is alive where it stands."""
 
     def until(self, node: fx.Node) -> list[Tensor]:
         """Run up to this node; its values, one for each batch."""
+
+    def trial(
+        self, number: int, stop: fx.Node, read: Mapping[fx.Node, Tensor] = ..., keep: Sequence[fx.Node] = ...
+    ) -> Mapping[fx.Node, Any]:
+        """One batch from where it stands to a node and not for good, with other weights: what is alive there, and what
+        is to be kept. With gradients, where they are on."""
 
 
 class Run(Protocol):

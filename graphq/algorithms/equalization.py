@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run, replace_read
-from graphq.algorithms.layers import ALREADY, Layer, by_input
+from graphq.algorithms.layers import Layer, by_input
 from graphq.errors import ConfigError
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
@@ -41,8 +41,6 @@ def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50
     every = [_pairs(gm, known) for gm, known in zip(graphs, layers, strict=True)]
     pairs = [p for p in every[0] if all(p in others for others in every)]
     if not pairs:
-        if ALREADY in by_input(graphs[0])[1].values():
-            raise ConfigError("weights have been chosen before it", where=NAME, remedy="Put it first in `algorithms`.")
         raise ConfigError(
             "no two layers follow each other with nothing but a relu or a pool between them",
             where=NAME,

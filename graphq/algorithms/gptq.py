@@ -21,7 +21,7 @@ RETRIES = 5  # with ten times the damping each
 SMALL = 128  # rows of a triangle that is inverted as it is
 
 
-@weight_algorithm("gptq", together=True)
+@weight_algorithm("gptq", together=True, by_row=True)
 def gptq(
     weight: Tensor,
     hessian: Tensor,

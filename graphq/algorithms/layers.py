@@ -89,9 +89,12 @@ class Layer:
 
     def settle(self, chosen: Tensor, grid: Grid, name: str, note: str) -> None:
         """Take this weight [out, K], which is on the grid; ranges are not observed any more."""
+        self.settle_on(self.shaped(chosen).to(self._held().dtype), grid.scale, grid.zero, grid.overall, name, note)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """A matrix [out, K] in the shape of the weight."""
         shape = self.shape_of_weight
-        tensor = from_k(chosen, shape) if self.view.family == "conv" else chosen.reshape(shape)
-        self.settle_on(tensor.to(self._held().dtype), grid.scale, grid.zero, grid.overall, name, note)
+        return from_k(matrix, shape) if self.view.family == "conv" else matrix.reshape(shape)
 
     def settle_on(
         self, weight: Tensor, scale: Tensor, zero: Tensor, overall: Tensor | None, name: str, note: str

@@ -20,8 +20,9 @@ from graphq.algorithms.base import Run, replace_read
 from graphq.algorithms.samples import RowSamples, rows_of
 from graphq.graph.decision import KEY as DECISION
 from graphq.graph.decision import Decision, decision_of
+from graphq.graph.devices import device_of
 from graphq.graph.garbage import give_back
-from graphq.graph.on_disk import scaled
+from graphq.graph.on_disk import digest_of, scaled, values_of
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView, held, parameter, set_parameter, value_of
@@ -103,7 +104,8 @@ def search_scales(
     tokens that a mask leaves out are looked at too. What an earlier run has left in the store is not searched again.
     """
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
-    scales = None if run.store is None else run.store.get_scales(run.step)
+    known = run.store.get_scales(run.step, _digests(graphs[0], found)) if run.store is not None else None
+    scales = known and {name: scale.to(device_of(graphs[0])) for name, scale in known.items()}
     if scales is None:
         scales = {}
         seen = rows_of(graphs[0], run, {name: g.source for name, g in found.items()}, most, padding=padding)
@@ -113,20 +115,30 @@ def search_scales(
                 scales[name] = scale
             give_back()
         if run.store is not None:
-            run.store.put_scales(run.step, scales)
+            run.store.put_scales(run.step, scales, _digests(graphs[0], found))
     apply_everywhere(graphs, every, scales)
     if run.store is not None:
-        run.store.put_others(_changed(graphs[0]))
+        run.store.put_others(*_changed(graphs[0]))
 
 
-def _changed(gm: fx.GraphModule) -> dict[str, Tensor]:
-    """What has taken in scales and is not quantized, and scales that stand between two ops."""
-    found = {}
+def _digests(gm: fx.GraphModule, found: dict[str, Group]) -> dict[str, str]:
+    """Of the weights of each group."""
+    return {name: " ".join(map(digest_of, weights(gm, group))) for name, group in found.items()}
+
+
+def _changed(gm: fx.GraphModule) -> tuple[dict[str, Tensor], list[str]]:
+    """(what has taken in scales and is not quantized, and scales that stand between two ops; the names of weights that
+    have taken in scales)."""
+    others, scaled_weights = {}, []
     for node in gm.graph.find_nodes(op="get_attr"):
-        ours = WORD in node.target or node.target.rpartition(".")[2].startswith(FACTORS)
-        if ours and not any(user.op == "call_module" for user in node.users):
-            found[str(node.target)] = parameter(gm, node)
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+        name, tensor = str(node.target), held(gm, node)
+        if tensor is None or not (WORD in name or name.rpartition(".")[2].startswith(FACTORS)):
+            continue
+        if any(user.op == "call_module" for user in node.users):
+            scaled_weights.append(name)
+        else:
+            others[name] = values_of(tensor)
+    return others, scaled_weights
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,14 @@ class Pair:
 
 def scaling_pairs(prepared: fx.GraphModule) -> list[Pair]:
     """The pairs of a prepared graph, in its order: what other libraries keep in a table for every model."""
-    found = []
-    for group in groups(prepared):
-        parts = made_by(prepared, group.source, group.readers)
-        into = LayerView(prepared, _op_of(parts[0])).path if parts else ""
-        found.append(Pair(into, tuple(LayerView(prepared, n).path for n in group.linears)))
-    return found
+    return [pair_of(prepared, group) for group in groups(prepared)]
+
+
+def pair_of(gm: fx.GraphModule, group: Group) -> Pair:
+    """By the names of modules."""
+    parts = made_by(gm, group.source, group.readers)
+    into = LayerView(gm, _op_of(parts[0])).path if parts else ""
+    return Pair(into, tuple(LayerView(gm, n).path for n in group.linears))
 
 
 def _op_of(part: Part) -> fx.Node:

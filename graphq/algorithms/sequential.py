@@ -56,22 +56,25 @@ class Moments:
 
 
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
+BY_ROW = "graphq_by_row"  # … whose rows know nothing of each other
 ASYMMETRIC = "graphq_asymmetric"  # … that wants to know what the inputs have lost
 
 
 def weight_algorithm(
-    name: str, *, together: bool = False, asymmetric: bool = False
+    name: str, *, together: bool = False, by_row: bool = False, asymmetric: bool = False
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Register a function (weight [out, in], hessian [in, in], grid, *, …) → weight on the grid.
 
     Its keyword arguments are arguments of the algorithm, together with `qep` and `qep_damping`. A layer of several
     groups (of channels, of experts) is several such weights; together: the function gets them all at once, weight
-    [groups, out, in], hessian [groups, in, in]. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in]
+    [groups, out, in], hessian [groups, in, in]. by_row: each row of a weight is chosen as if it were alone, so that
+    layers of one tensor may come as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in]
     or None, and no `qep`.
     """
 
     def register(function: WeightFunction) -> WeightFunction:
         setattr(function, TOGETHER, together)
+        setattr(function, BY_ROW, by_row)
         setattr(function, ASYMMETRIC, asymmetric)
 
         def algorithm(
@@ -154,7 +157,7 @@ class _Walk:
         finish(self.gm)
 
     def _choose(self, alike: list[Layer], inputs: list[Tensor], wanted: list[Tensor] | None) -> None:
-        stacks = stacks_of(alike) if _wants(self.choose, TOGETHER) else [[layer] for layer in alike]
+        stacks = stacks_of(alike) if _wants(self.choose, BY_ROW) else [[layer] for layer in alike]
         moments: Moments | None = None
         for layers in stacks:
             if all(self._in_store(layer) for layer in layers):

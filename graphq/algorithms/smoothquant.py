@@ -18,9 +18,12 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.samples import RowSamples
 from graphq.algorithms.scaling import Group, groups, search_scales, weights
+from graphq.algorithms.scaling_layers import Entries, listed
+from graphq.config.selectors import matches
 from graphq.config.spec import QuantSpec
-from graphq.errors import ConfigError
+from graphq.errors import ConfigError, did_you_mean
 from graphq.graph.decision import decision_of
+from graphq.graph.view import LayerView
 from graphq.numerics.affine import fake_quantize
 from graphq.numerics.products import linear
 from graphq.passes.placement import quantizer_at
@@ -28,25 +31,70 @@ from graphq.passes.placement import quantizer_at
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 CLIPS = (1.0, 0.9, 0.8, 0.65, 0.5)  # parts of the range that observers may choose
 SMALLEST = 1e-5
+Alpha = float | Literal["search", "log"]
 ROWS = 512  # of every tensor
 
 
 @ALGORITHMS.register("smoothquant")
-def smoothquant(graphs: Sequence[fx.GraphModule], run: Run, *, alpha: float | Literal["search"] = "search") -> None:
-    """alpha: how much of the difficulty moves from activations to weights, 0 to 1, or "search"."""
-    if alpha != "search" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
-        raise ConfigError(f"alpha is a number from 0 to 1 or 'search', not {alpha!r}", where="smoothquant")
+def smoothquant(
+    graphs: Sequence[fx.GraphModule], run: Run, *, alpha: Alpha | dict[str, Alpha | None] = "search",
+    scaling_layers: Entries | None = None, model_decoder_layers: str = "model.layers",
+) -> None:  # fmt: skip
+    """alpha: how much of the difficulty moves from activations to weights, 0 to 1; or "search"; or "log": s is
+    max|x| / log2(2 + max|x|), whatever the weights are. Or these by selectors of linears, of which the last that fits
+    counts; null for no scale; linears that none selects are searched. scaling_layers:
+    the only groups that are scaled, by names inside each of model_decoder_layers."""
+    for value in alpha.values() if isinstance(alpha, dict) else [alpha]:
+        known = value in ("search", "log") or (isinstance(value, (int, float)) and 0 <= value <= 1)
+        if not known and not (value is None and isinstance(alpha, dict)):
+            raise ConfigError(f"alpha is a number from 0 to 1, 'search' or 'log', not {value!r}", where="smoothquant")
     every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
     if not set.intersection(*map(set, every)):
         return
 
+    if scaling_layers is not None:
+        every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
+    asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
+
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
-        if alpha == "search":
-            return _searched(graphs[0], group, seen)
-        return _scale(seen.largest, _weights_largest(graphs[0], group), float(alpha))
+        how = asked[group.name]
+        if how is None or how == "search":
+            return None if how is None else _searched(graphs[0], group, seen)
+        if how == "log":
+            largest = seen.largest.clamp(min=SMALLEST)
+            return _even(largest / (2 + largest).log2())
+        return _scale(seen.largest, _weights_largest(graphs[0], group), float(how))
 
     # of all tokens, also those of padding: the scale of the tensor is for them too
     search_scales(graphs, run, every, choose, label="smoothquant", most=ROWS, padding=True)
+
+
+def _by_group(gm: fx.GraphModule, named: dict[str, Group], alpha: dict[str, Alpha | None]) -> dict[str, Alpha | None]:
+    """What is asked for each group. Raises ConfigError for a selector of nothing, and for groups of two minds."""
+    views = {name: [LayerView(gm, n) for n in group.linears] for name, group in named.items()}
+    paths = [v.path for every in views.values() for v in every]
+    for selector in alpha:
+        if not any(matches(selector, v) for every in views.values() for v in every):
+            raise ConfigError(
+                f"alpha: {selector!r} selects no linear with a quantized input",
+                where="smoothquant",
+                remedy=did_you_mean(selector, paths),
+            )
+    asked: dict[str, Alpha | None] = {}
+    for name, every in views.items():
+        found = [_last_that_fits(alpha, view) for view in every]
+        if any(a != found[0] for a in found):
+            raise ConfigError(
+                "linears that read one tensor have one scale, and alpha asks for several",
+                where=", ".join(v.path for v in every),
+                remedy="Select all of them.",
+            )
+        asked[name] = found[0]
+    return asked
+
+
+def _last_that_fits(alpha: dict[str, Alpha | None], view: LayerView) -> Alpha | None:
+    return next((a for selector, a in reversed(alpha.items()) if matches(selector, view)), "search")
 
 
 def _weights_largest(gm: fx.GraphModule, group: Group) -> Tensor:
@@ -54,8 +102,11 @@ def _weights_largest(gm: fx.GraphModule, group: Group) -> Tensor:
 
 
 def _scale(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    return _even(activations.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(1 - alpha))
+
+
+def _even(scale: Tensor) -> Tensor:
     """[in], with geometric mean one."""
-    scale = activations.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(1 - alpha)
     return (scale / scale.log().mean().exp()).clamp(min=SMALLEST)
 
 

@@ -24,7 +24,7 @@ from graphq.algorithms.results import WeightResult
 from graphq.algorithms.scaling import FACTORS, WORD
 from graphq.config.spec import QuantSpec
 from graphq.errors import LoadError, StateError, did_you_mean
-from graphq.graph.on_disk import on_disk, placeholder
+from graphq.graph.on_disk import digest_of, on_disk, placeholder
 from graphq.numerics.affine import dequantize
 from graphq.numerics.pairs import from_k
 
@@ -50,11 +50,7 @@ class ChosenWeight:
     @property
     def about(self) -> dict[str, str]:
         """What the file says of itself. Raises LoadError for a damaged one."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return dict(file.metadata())
-        except (OSError, SafetensorError, TypeError) as e:
-            raise LoadError(f"this weight cannot be read: {e}", where=str(self.path), remedy="Delete the file.") from e
+        return _metadata(self.path)
 
     @property
     def parameter(self) -> str:
@@ -136,23 +132,27 @@ class WeightStore:
         _save(path, tensors, about)
         return ChosenWeight(path)
 
-    def get_scales(self, step: int) -> dict[str, Tensor] | None:
-        """What an earlier run has found in this step of its algorithms: scales of channels, by the tensor's name."""
+    def get_scales(self, step: int, digests: dict[str, str]) -> dict[str, Tensor] | None:
+        """What an earlier run has found in this step of its algorithms: scales of channels, by the tensor's name.
+        digests: of the weights that read it. Raises StateError for those of another model."""
         path = self.folder / SCALES.format(step)
-        return _read_file(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if _metadata(path) != digests:
+            raise StateError(
+                "the store holds scales of another model",
+                where=str(path),
+                remedy="Name a new folder, or delete this one.",
+            )
+        return _read_file(path)
 
-    def put_scales(self, step: int, scales: dict[str, Tensor]) -> None:
-        _save(self.folder / SCALES.format(step), scales)
+    def put_scales(self, step: int, scales: dict[str, Tensor], digests: dict[str, str]) -> None:
+        _save(self.folder / SCALES.format(step), scales, digests)
 
-    def put_others(self, tensors: dict[str, Tensor]) -> None:
-        """Keep parameters that took in scales and are not quantized (norms, biases), by their names in the graph."""
-        _save(self.folder / OTHERS, tensors)
-
-
-def digest_of(tensor: Tensor) -> str:
-    """Of values and shape."""
-    values = tensor.detach().cpu().float().contiguous()
-    return hashlib.sha256(f"{list(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
+    def put_others(self, tensors: dict[str, Tensor], weights: list[str]) -> None:
+        """Keep parameters that took in scales and are not quantized (norms, biases), by their names in the graph.
+        weights: the names of weights that did."""
+        _save(self.folder / OTHERS, tensors, {"weights": json.dumps(weights)})
 
 
 def placeholders(chosen: ChosenWeight, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,9 +179,17 @@ def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
     Nothing is changed where one of them has no place there: LoadError.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    others = _read_file(Path(folder) / OTHERS) if (Path(folder) / OTHERS).is_file() else {}
+    path, weights = Path(folder) / OTHERS, {w.parameter: w for w in stored_weights(folder)}
+    others = _read_file(path) if path.is_file() else {}
+    left = sorted(set(json.loads(_metadata(path)["weights"]) if path.is_file() else []) - set(weights))
+    if left:
+        raise LoadError(
+            f"{len(left)} weights that took in scales are not chosen, and the norms before them are scaled",
+            where=left[0],
+            remedy="Let the run come to its end; where none chooses them, take the graph: graphq.fold_weights.",
+        )
     given: list[tuple[str, list[int], Tensor | ChosenWeight]] = [(n, list(t.shape), t) for n, t in others.items()]
-    given += [(w.parameter, json.loads(w.about["shape"]), w) for w in stored_weights(folder)]
+    given += [(w.parameter, json.loads(w.about["shape"]), w) for w in weights.values()]
     places = [_place_of(name, shape, parameters) for name, shape, _ in given]
     for (known, turned), (_, _, new) in zip(places, given, strict=True):
         values = new.read() if isinstance(new, ChosenWeight) else new
@@ -230,6 +238,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
+        raise LoadError(f"this file cannot be read: {e}", where=str(path), remedy="Delete the file.") from e
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata())
+    except (OSError, SafetensorError, TypeError) as e:
         raise LoadError(f"this file cannot be read: {e}", where=str(path), remedy="Delete the file.") from e
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms import ALGORITHMS
+from graphq.algorithms.autoround import NAME as AUTOROUND
+from graphq.algorithms.equalization import NAME as EQUALIZATION
 from graphq.algorithms.layers import by_input
 from graphq.algorithms.scaling import SEARCHED
 from graphq.algorithms.sequential import FUNCTIONS
@@ -38,6 +40,8 @@ from graphq.passes.placement import (
 from graphq.quantizer import TensorQuantizer, quantizers
 
 T = TypeVar("T")
+OPS = "graphq_ops"  # in a graph's meta: as they were before the first algorithm
+BEFORE = (*SEARCHED, EQUALIZATION)  # algorithms that want weights which none has chosen
 DONE = "graphq_algorithms_done"  # in a graph's meta: names of the algorithms that have run
 
 
@@ -52,6 +56,7 @@ def calibrate_graphs(
     """Find all scales, and what follows from them. Only the first graph is run: while observers watch, all of them
     compute the float model, and a tensor has the same name in each; graphs in which an algorithm has rounded weights do
     not, and are observed one by one."""
+    _expect_order([a.name for a in graphs[0].meta["graphq_config"].algorithms])
     _expect_readable(graphs)
     if frontier not in ("memory", "disk") or (frontier == "disk" and store is None):
         raise ConfigError(
@@ -99,13 +104,25 @@ def _again(data: Any) -> Any:
     return list(data) if hasattr(data, "__next__") else data
 
 
+def _expect_order(names: list[str]) -> None:
+    """Raises ConfigError, before any work, where scales would be sought for weights that are chosen already."""
+    chosen = [i for i, name in enumerate(names) if name in (*FUNCTIONS, AUTOROUND)]
+    late = [name for name in names[chosen[0] :] if name in BEFORE] if chosen else []
+    if late:
+        raise ConfigError(
+            f"{late[0]} comes behind {names[chosen[0]]}, which has chosen the weights by then",
+            where="algorithms",
+            remedy=f"Put {late[0]} first.",
+        )
+
+
 def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
     """Raises StateError, before any work, for what a model on disk cannot be calibrated for."""
     for gm in graphs:
         if not any(on_disk(t) for t in gm.parameters()):
             continue
         observed = [q.label for q in quantizers(gm).values() if not q.constant and q.spec.dynamic is not True]
-        walked = any(a.name in FUNCTIONS for a in gm.meta["graphq_config"].algorithms)
+        walked = any(a.name in (*FUNCTIONS, AUTOROUND) for a in gm.meta["graphq_config"].algorithms)
         chosen = {id(layer.quantizer) for layers in by_input(gm)[0].values() for layer in layers} if walked else set()
         every = quantizers(gm).values()
         left = [q for q in every if not q.settled and id(q) not in chosen]
@@ -148,7 +165,7 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
         tensor = value.detach().cpu().contiguous()
         seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    ops = [f"{n.op} {n.target} {n.name}" for n in graphs[0].graph.nodes]
+    ops = graphs[0].meta.setdefault(OPS, [f"{n.op} {n.target} {n.name}" for n in graphs[0].graph.nodes])
     return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": ops, "data": seen.hexdigest()})
 
 

@@ -7,7 +7,7 @@ replaced on the way is seen from there on; `original` sees the one that it repla
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from graphq.graph.on_disk import values_of
 from graphq.graph.view import held
 from graphq.numerics.products import linear
 
+NOTHING: Mapping[fx.Node, Tensor] = {}
 FASTER: dict[Any, Any] = {torch.ops.aten.linear.default: linear}
 
 
@@ -60,6 +61,7 @@ class Stream:
     @torch.no_grad()
     def until(self, node: fx.Node) -> list[Tensor]:
         stop, found = self.place[node] + 1, []
+        self.constants.clear()  # of trials, after which weights may have been chosen
         for number in range(len(self.frontier)):
             values = self.frontier[number]
             if self.at < stop:
@@ -71,10 +73,22 @@ class Stream:
         self.constants.clear()
         return found
 
-    def _step(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+    def trial(
+        self, number: int, stop: fx.Node, read: Mapping[fx.Node, Tensor] = NOTHING, keep: Sequence[fx.Node] = ()
+    ) -> dict[fx.Node, Any]:
+        values = dict(self.frontier[number])
+        kept = {n: values[n] for n in keep if n in values}
+        for node in self.order[self.at : self.place[stop] + 1]:
+            self._step(node, values, read)
+            if node in keep:
+                kept[node] = values[node]
+        return values | kept
+
+    def _step(self, node: fx.Node, values: dict[fx.Node, Any], read: Mapping[fx.Node, Tensor] = NOTHING) -> None:
+        """read: weights in place of the graph's own."""
         if node.op == "placeholder":
             return
-        given = {n: values[n] if n in values else self._read(n) for n in node.all_input_nodes}
+        given = {n: values[n] if n in values else read[n] if n in read else self._read(n) for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
         run = (
             self.gm.get_submodule(str(node.target))
@@ -95,7 +109,7 @@ class Stream:
     def _read(self, node: fx.Node) -> Tensor:
         if node not in self.constants:
             tensor = self.originals[node] if node in self.originals else self._held(node)
-            self.constants[node] = values_of(tensor)
+            self.constants[node] = values_of(tensor).detach()  # gradients of a trial are not for the model
         return self.constants[node]
 
     def _held(self, node: fx.Node) -> Tensor:

@@ -6,6 +6,7 @@ that a use that forgets to read it cannot go unseen. `values_of` reads what it s
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,12 @@ class Scaled:
         values = self.source.read()
         factors = self.factors.to(values.device)
         return values / factors if self.divide else values * factors
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Of values and shape."""
+    values = values_of(tensor).detach().cpu().float().contiguous()
+    return hashlib.sha256(f"{list(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
 
 
 def scaled(tensor: Tensor, factors: Tensor, *, divide: bool = False) -> Tensor:

@@ -6,6 +6,8 @@ does not, and is as fast elsewhere. The machine alone decides, so that runs on o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,20 +23,42 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, x: […, in], weight: [out, in], without gradients where oneDNN computes it."""
-    if _by_onednn(x, weight):
-        if not (weight.is_contiguous() or weight.T.is_contiguous()):
-            weight = weight.contiguous()  # else it computes element by element
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
+    """x · weightᵀ + bias, x: […, in], weight: [out, in]."""
+    if not _by_onednn(x, weight):
+        return torch.nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        product: Tensor = _Linear.apply(x, weight)
+        return product if bias is None else product + bias
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # else it computes element by element
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product has no gradients of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        first = linear(grad, weight.T) if ctx.needs_input_grad[0] else None
+        rows = grad.flatten(0, -2), x.flatten(0, -2)
+        return first, matmul(rows[0].T, rows[1]) if ctx.needs_input_grad[1] else None
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     same = all(t.device.type == "cpu" and t.dtype is torch.float32 for t in (x, weight))
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return same and not trained and min(x.numel() // max(1, x.shape[-1]), *weight.shape) >= LEAST
+    return same and min(x.numel() // max(1, x.shape[-1]), *weight.shape) >= LEAST
 
 
 def add_moments(total: Tensor, rows: Tensor) -> None:
@@ -53,6 +77,8 @@ def add_moments(total: Tensor, rows: Tensor) -> None:
 
 
 def mirrored(total: Tensor) -> Tensor:
-    """What `add_moments` has summed, with what lies under the diagonal."""
+    """What `add_moments` has summed, in place, with what lies under the diagonal."""
     upper = torch.ones_like(total[0], dtype=torch.bool).triu()
-    return torch.where(upper, total, total.transpose(1, 2))
+    for one in total:
+        one.copy_(torch.where(upper, one, one.T))
+    return total

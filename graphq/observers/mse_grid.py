@@ -33,6 +33,7 @@ class MseGrid(MovingAverage):
         super().__init__(spec, block, rate)
         self.spec, self.steps, self.grid, self.norm, self.patience = spec, int(shrink * grid), grid, norm, patience
 
+    @torch.no_grad()
     def batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Extremes as in `moving_average`, shrunken to the best."""
         lo, hi = batch_range(x, self.block)

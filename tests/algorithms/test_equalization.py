@@ -95,7 +95,7 @@ def test_a_channel_that_is_all_bias_does_not_outgrow_the_others(size):
 
 
 def test_behind_an_algorithm_that_has_chosen_all_weights_the_error_says_so():
-    with pytest.raises(ConfigError, match="chosen before it"):
+    with pytest.raises(ConfigError, match="equalization comes behind gptq"):
         graphq.calibrate(prepared(Separable(), ("gptq", "equalization")), batches(), progress=False)
 
 

@@ -11,6 +11,7 @@ from graphq.algorithms.smoothquant import _scale
 from graphq.config.config import Algorithm
 from graphq.config.presets import CONFIGS
 from graphq.errors import ConfigError
+from graphq.graph.view import parameter
 
 SMOOTH = CONFIGS["int8_smoothquant"]
 
@@ -34,6 +35,16 @@ class Block(nn.Module):
 def data(count=4):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(8, 32, generator=generator) for _ in range(count)]
+
+
+def smoothed_with(alpha, model=None):
+    config = SMOOTH.model_copy(update={"algorithms": (Algorithm(name="smoothquant", args={"alpha": alpha}),)})
+    return calibrated(model or Block(post=False).eval(), config)
+
+
+def norm_of(graph):
+    """The norm's weight as the graph has it."""
+    return parameter(graph, next(n for n in graph.graph.nodes if "layer_norm" in str(n.target)).args[2])
 
 
 def calibrated(model, config, **options):
@@ -194,3 +205,31 @@ def test_a_calibration_that_failed_can_be_repeated(tmp_path):
 def test_data_that_are_no_data_are_said_to_be_none():
     with pytest.raises(graphq.GraphqError):
         graphq.calibrate(graphq.prepare(Block(True), SMOOTH, (data()[0],)), 5, progress=False)
+
+
+def test_logarithmic_scales_are_those_of_the_formula():
+    model = Block(post=False).eval()
+    largest = torch.cat([model.norm(x) for x in data()]).abs().amax(0).double()
+    wanted = largest / torch.log2(2 + largest)
+    wanted = wanted / wanted.log().mean().exp()
+    found = model.norm.weight.double() / norm_of(smoothed_with("log", model)).double()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_alpha_by_selectors_is_that_of_each_group_and_the_last_that_fits_counts():
+    model = Block(post=False).eval()
+    by_name = norm_of(smoothed_with({"Linear": 0.3, "re:[qkv]": 0.7}, model))
+    assert torch.equal(by_name, norm_of(smoothed_with(0.7, model)))
+    untouched = smoothed_with({"re:[qkv]": None, "out": 0.5}, model)
+    assert torch.equal(norm_of(untouched), model.norm.weight)
+    assert torch.equal(norm_of(smoothed_with({"out": 0.5}, model)), norm_of(smoothed_with("search", model)))
+
+
+@pytest.mark.parametrize(
+    "alpha, match",
+    [({"querry": 0.5}, "selects no linear"), ({"q": 0.5, "k": 0.6, "v": 0.5}, "several"), ({"q": 0.5}, "several"),
+     ({"Linear": 2.0}, "number from 0 to 1"), (None, "number from 0 to 1"), ("sqrt", "number from 0 to 1")],
+)  # fmt: skip
+def test_alphas_that_cannot_be_meant_are_refused(alpha, match):
+    with pytest.raises(ConfigError, match=match):
+        smoothed_with(alpha)

@@ -13,6 +13,7 @@ import graphq
 from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms import awq as awq_module
+from graphq.algorithms import sequential
 from graphq.errors import ConfigError, LoadError, StateError
 from graphq.graph.on_disk import from_disk, on_disk, values_of
 from graphq.quantizer import quantizers
@@ -321,3 +322,47 @@ def test_smoothquant_of_a_model_on_disk_gives_the_scales_of_one_in_memory(checkp
         graphq.calibrate(prepared(model, settings), DATA, progress=False, store=tmp_path / name)
     found = files(tmp_path / "disk")
     assert found["scales-0.safetensors"] and same(found, files(tmp_path / "memory"))
+
+
+def test_a_run_that_stopped_before_all_scaled_weights_were_chosen_is_not_applied(checkpoint, scaled, tmp_path):
+    shutil.copytree(scaled[1], tmp_path / "store")
+    next((tmp_path / "store").glob("*down_proj*.weight.safetensors")).unlink()
+    with pytest.raises(LoadError, match=r"1 weights that took in scales[\s\S]*down_proj"):
+        graphq.apply_stored(tmp_path / "store", in_memory(checkpoint))
+
+
+def test_scales_of_another_model_are_refused(checkpoint, scaled, tmp_path):
+    shutil.copytree(scaled[1], tmp_path / "store")
+    for path in (tmp_path / "store").glob("*.weight.safetensors"):
+        path.unlink()
+    model = in_memory(checkpoint)
+    model.model.model.layers[0].mlp.down_proj.weight.data[0, 0] += 1
+    with pytest.raises(StateError, match="scales of another model"):
+        graphq.calibrate(prepared(model, config(algorithms=SCALED)), DATA, progress=False, store=tmp_path / "store")
+
+
+def test_a_run_that_failed_behind_the_scales_goes_on_with_the_same_graph(checkpoint, scaled, tmp_path, monkeypatch):
+    graph = prepared(in_memory(checkpoint), config(algorithms=SCALED))
+    with monkeypatch.context() as patch:
+        patch.setattr(sequential, "round_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
+    graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
+    assert same(files(tmp_path / "store"), files(scaled[1]))
+
+
+@pytest.mark.parametrize("names", [("gptq", "awq"), ("rtn", "smoothquant"), ("autoround", "equalization")])
+def test_scales_are_not_sought_behind_what_chooses_weights(checkpoint, names):
+    graph = prepared(in_memory(checkpoint), config(algorithms=names))
+    with pytest.raises(ConfigError, match=f"{names[1]} comes behind {names[0]}"):
+        graphq.calibrate(graph, DATA, progress=False)
+
+
+def test_autoround_takes_a_model_on_disk_with_weighted_ranges(checkpoint):
+    weighted = WEIGHT.model_copy(update={"observer": "imatrix_mse"})
+    settings = config(weighted, ({"name": "autoround", "args": {"iterations": 3}},))
+    outputs = [
+        graphq.fold_weights(graphq.calibrate(prepared(model, settings), DATA, progress=False))(DATA[0])
+        for model in (Logits(from_disk(build, checkpoint)), in_memory(checkpoint))
+    ]
+    assert torch.equal(*outputs)

@@ -61,10 +61,15 @@ def test_on_avx512_large_products_go_to_onednn_and_small_ones_do_not(monkeypatch
     assert [e.count for e in profile.key_averages() if e.key == "mkldnn::_linear_pointwise"] == [1]
 
 
-def test_gradients_flow_through_what_is_trained() -> None:
-    weight = torch.randn(128, 128, requires_grad=True)
-    linear(torch.randn(128, 128), weight).sum().backward()
-    assert weight.grad is not None
+@pytest.mark.parametrize("shape", [(3, 70, 130), (200, 130)])
+def test_gradients_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(*s, requires_grad=True) for s in (shape, (90, 130), (90,))]
+    found, wanted = (
+        torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (linear, torch.nn.functional.linear)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_without_avx512_torch_computes_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,246 @@
+"""AutoRound (Cheng et al., 2023): how all weights of a block are rounded, and their ranges, are learned together, by
+the sign of the gradient of what the block's results lose.
+
+    Ŵ = s·c·clamp(round(W / (s·c) + V)),   -0.5 ≤ V ≤ 0.5
+    minimize ‖block(W, X) - block(Ŵ, X̂)‖²,   V ← V - η·sign(∂V), c likewise, η falls to zero
+
+s is the scale that the spec's observer finds, and c, one for each scale, stretches its range (the paper's α and β, of
+both ends alike). X̂ are the inputs that the blocks rounded before give. Some batches are held out: a block that gains
+nothing on them is rounded to the nearest. Blocks are found in the graph: see `blocks`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.blocks import Block, cut_into_blocks
+from graphq.algorithms.grid import Grid
+from graphq.algorithms.layers import Layer, by_input, input_rows
+from graphq.algorithms.results import RESULTS, WeightResult, errors_of
+from graphq.errors import CalibrationError, ConfigError, GraphqError
+from graphq.graph.decision import decision_of
+from graphq.graph.garbage import give_back
+from graphq.graph.passes import finish
+from graphq.numerics.affine import check_divides, expand
+from graphq.numerics.formats import Integer
+from graphq.numerics.products import add_moments, mirrored
+from graphq.passes.placement import shared_magnitudes
+
+NAME = "autoround"
+HELD_OUT = 8  # every so many batches one is not learned from
+NARROWEST, WIDEST = 0.5, 1.5  # of c
+
+
+@ALGORITHMS.register(NAME)
+def autoround(
+    graphs: Sequence[fx.GraphModule], run: Run, *, iterations: int = 200, batch: int = 4, layers: int = 8
+) -> None:
+    """iterations: steps of each block; the first is 1 / iterations wide. batch: batches of data that a step looks at.
+    layers: most layers of a block that is made of smaller ones."""
+    if iterations < 1 or batch < 1 or layers < 1:
+        raise ConfigError(f"iterations {iterations}, batch {batch} and layers {layers} are positive", where=NAME)
+    walks = [_Walk(gm, run, iterations, batch, layers) for gm in graphs]
+    try:
+        for walk in walks:
+            for block in run.progress(walk.blocks, NAME):
+                walk.choose(block)
+                give_back()
+    except BaseException:
+        for walk in walks:
+            walk.undo()
+        raise
+    for walk in walks:
+        walk.finish()
+
+
+class _Walk:
+    """One graph, block by block."""
+
+    def __init__(self, gm: fx.GraphModule, run: Run, iterations: int, batch: int, most: int) -> None:
+        self.gm, self.iterations, self.batch = gm, iterations, batch
+        found, self.others = by_input(gm)
+        self.sources: dict[fx.Node, fx.Node] = {}  # of each layer's op
+        groups: dict[fx.Node, list[Layer]] = {}
+        for source, every in found.items():
+            for layer in every:
+                reason = _refused(layer)
+                if reason:
+                    self.others[layer.node] = reason
+                    continue
+                self.sources[layer.node] = source
+                groups.setdefault(source, []).append(layer)
+        if not groups:
+            why = "; ".join(sorted(set(self.others.values()))) or "no weight is quantized"
+            raise ConfigError(f"there is no weight to learn: {why}", where=NAME, remedy="Quantize to integers.")
+        self.shared = shared_magnitudes(gm)
+        self.rounded, self.exact = run.stream(gm), run.stream(gm, original=True)
+        self.blocks = cut_into_blocks(self.rounded, groups, most)
+        self.results: list[WeightResult] = []
+
+    @torch.no_grad()
+    def choose(self, block: Block) -> None:
+        begun = time.perf_counter()
+        self.rounded.until(block.start)
+        self.exact.until(block.stop)
+        frontier = self.exact.frontier
+        wanted = [[frontier[number][n] for n in block.results] for number in range(len(frontier))]
+        moments = self._moments(block)
+        learned = [self._rounding(layer, *moments[layer.node]) for layer in block.layers]
+        held = list(range(0, len(wanted), HELD_OUT)) if len(wanted) > 1 else [0]
+        seen = [n for n in range(len(wanted)) if n not in held] or held
+        before = self._lost(block, learned, wanted, held)
+        with torch.enable_grad():
+            self._learn(block, learned, wanted, seen)
+        after = self._lost(block, learned, wanted, held)
+        better = after < before
+        seconds = (time.perf_counter() - begun) / len(learned)
+        for rounding in learned:
+            if not better:
+                rounding.forget()
+            self._settle(rounding, seconds, better)
+
+    def _rounding(self, layer: Layer, hessian: Tensor, rows: int) -> _Rounding:
+        where = layer.view.where()
+        if not rows:
+            raise CalibrationError("no calibration data reaches this layer", where=where, remedy="Give data that do.")
+        try:
+            return _Rounding(layer, hessian, rows, self.shared.get(layer.quantizer))
+        except GraphqError as e:
+            raise CalibrationError(f"{NAME}: {e.what}", where=where, remedy=e.remedy) from e
+
+    def _moments(self, block: Block) -> dict[fx.Node, tuple[Tensor, int]]:
+        """For each layer's op the second moments of its inputs [groups, in, in] and over how many rows."""
+        alike: dict[object, list[Layer]] = {}
+        for layer in block.layers:
+            alike.setdefault((self.sources[layer.node], layer.shape()), []).append(layer)
+        totals: dict[object, Tensor] = {}
+        counts = dict.fromkeys(alike, 0)
+        for number in range(len(self.rounded.frontier)):
+            values = self.rounded.trial(number, block.stop, keep=[self.sources[layer.node] for layer in block.layers])
+            for key, layers in alike.items():
+                rows = input_rows(layers[0], values[self.sources[layers[0].node]], self.rounded.masks[number])
+                if key not in totals:
+                    totals[key] = rows.new_zeros(len(rows), *[rows.shape[2]] * 2)
+                add_moments(totals[key], rows)
+                counts[key] += rows.shape[1]
+        whole = {key: mirrored(total) for key, total in totals.items()}
+        return {layer.node: (whole[key], counts[key]) for key, layers in alike.items() for layer in layers}
+
+    def _learn(self, block: Block, learned: list[_Rounding], wanted: list[list[Tensor]], seen: list[int]) -> None:
+        order = torch.Generator().manual_seed(0)
+        for step in range(self.iterations):
+            weights = [rounding.weight() for rounding in learned]
+            leaves = [w.detach().requires_grad_() for w in weights]
+            read = {r.layer.call: leaf for r, leaf in zip(learned, leaves, strict=True)}
+            for number in torch.randperm(len(seen), generator=order)[: self.batch].tolist():
+                error = self._error(block, read, wanted, seen[number])
+                if not torch.isfinite(error):
+                    raise CalibrationError(
+                        f"what this block computes of batch {seen[number]} is not finite",
+                        where=block.layers[0].view.where(),
+                        remedy="Look for inputs or weights that are infinite or NaN.",
+                    )
+                error.backward()
+            grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+            torch.autograd.backward(weights, grads)
+            rate = (1 - step / self.iterations) / self.iterations
+            for rounding in learned:
+                rounding.step(rate)
+
+    def _lost(self, block: Block, learned: list[_Rounding], wanted: list[list[Tensor]], numbers: list[int]) -> float:
+        read = {rounding.layer.call: rounding.weight().detach() for rounding in learned}
+        return sum(float(self._error(block, read, wanted, number)) for number in numbers)
+
+    def _error(self, block: Block, read: dict[fx.Node, Tensor], wanted: list[list[Tensor]], number: int) -> Tensor:
+        values = self.rounded.trial(number, block.stop, read, block.results)
+        mask, parts = self.rounded.masks[number], []
+        for node, target in zip(block.results, wanted[number], strict=True):
+            lost = (values[node] - target).square()
+            lost = lost[mask] if mask is not None and lost.shape[:-1] == mask.shape else lost
+            parts.append(lost.sum() / max(1, lost.numel()))  # a batch of which no token counts loses nothing
+        return torch.stack(parts).sum()
+
+    def _settle(self, rounding: _Rounding, seconds: float, better: bool) -> None:
+        layer, grid = rounding.layer, rounding.on_grid()
+        chosen = rounding.matrix().detach()
+        errors = errors_of(rounding.original, chosen, grid, rounding.hessian, rounding.rows)
+        result = WeightResult(layer.node.name, layer.view.path, NAME, seconds, **errors)  # type: ignore[arg-type]
+        taken_back = "" if better else "; held-out data say no better than the nearest, which is taken"
+        layer.settle(chosen, grid, NAME, result.words() + taken_back)
+        self.results.append(result)
+
+    def undo(self) -> None:
+        """Leave the graph as it was."""
+        for block in self.blocks:
+            for layer in block.layers:
+                layer.unsettle()
+        finish(self.gm)
+
+    def finish(self) -> None:
+        """Say what was done, and what was not."""
+        for node, why in self.others.items():
+            decision = decision_of(node)
+            assert decision is not None
+            decision.reason += f"; to the nearest, not {NAME}: {why}"
+        self.gm.meta.setdefault(RESULTS, []).extend(self.results)
+        finish(self.gm)
+
+
+def _refused(layer: Layer) -> str | None:
+    if layer.view.family == "experts":
+        return "experts are learned from tokens that another router may send elsewhere"
+    if not isinstance(layer.spec.number_format, Integer):
+        return f"{layer.spec.format} has no next code up and down"
+    return None
+
+
+class _Rounding:
+    """V and c of one weight."""
+
+    def __init__(self, layer: Layer, hessian: Tensor, rows: int, overall: Tensor | None) -> None:
+        self.layer, self.hessian, self.rows, self.original = layer, hessian, rows, layer.matrix()
+        if not layer.spec.ragged:
+            check_divides(self.original.shape, layer.block, layer.view.where())
+        importance = hessian.diagonal(dim1=1, dim2=2)
+        if len(hessian) > 1:
+            importance = importance.repeat_interleave(len(self.original) // len(hessian), 0)
+        self.grid = Grid(layer.spec, layer.block, self.original, overall=overall, importance=importance)
+        self.low, self.high = layer.spec.number_format.limits(layer.spec.narrow_range)
+        self.zero = self._wide(self.grid.zero)
+        self.forget()
+
+    def forget(self) -> None:
+        """Round to the nearest."""
+        self.up = torch.zeros_like(self.original).requires_grad_()
+        self.stretch = torch.ones_like(self.grid.scale).requires_grad_(self.layer.spec.scale == "float")
+
+    def matrix(self) -> Tensor:
+        """Ŵ [out, K], with gradients to V and c."""
+        scale = self._wide(self.grid.scale * self.stretch)
+        steps = self.original / scale + self.up
+        steps = steps + (steps.round() - steps).detach()
+        return steps.clamp(self.low - self.zero, self.high - self.zero) * scale
+
+    def weight(self) -> Tensor:
+        """The same in the weight's own shape."""
+        return self.layer.shaped(self.matrix())
+
+    def step(self, rate: float) -> None:
+        with torch.no_grad():
+            for tensor, low, high in ((self.up, -0.5, 0.5), (self.stretch, NARROWEST, WIDEST)):
+                if tensor.grad is not None:
+                    tensor.sub_(rate * tensor.grad.sign()).clamp_(low, high)
+                    tensor.grad = None
+
+    def on_grid(self) -> Grid:
+        self.grid.scale = (self.grid.scale * self.stretch).detach()
+        self.stretch = torch.ones_like(self.grid.scale)
+        return self.grid
+
+    def _wide(self, param: Tensor) -> Tensor:
+        return expand(param, self.original.shape, self.grid.block) if self.grid.block else param.reshape(())

@@ -127,8 +127,8 @@ def fold_weights(calibrated: fx.GraphModule) -> fx.GraphModule:
     or exported: the float weights are gone. Those on disk are read."""
     if calibrated.meta.get("graphq_stage") != "calibrated":
         raise StateError("folding takes a calibrated graph", remedy="Call graphq.prepare and graphq.calibrate first.")
-    gm = settle(calibrated) if TRAINED in calibrated.meta else fork(calibrated)
-    read_all(gm)
+    trained = TRAINED in calibrated.meta
+    gm = settle(calibrated) if trained else fork(calibrated)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
             continue
@@ -142,8 +142,11 @@ def fold_weights(calibrated: fx.GraphModule) -> fx.GraphModule:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
+            if not source.users:  # type: ignore[union-attr]
+                gm.graph.erase_node(source)  # type: ignore[arg-type]
     gm.delete_all_unused_submodules()
     drop_unused_parameters(gm)
+    read_all(gm)
     gm.meta[FOLDED] = True
     gm.recompile()
-    return own_tensors(gm)
+    return gm if trained else own_tensors(gm)

@@ -255,5 +255,7 @@ def test_a_folded_graph_shares_nothing_with_the_calibrated_one_and_the_model():
     x = torch.randn(4, 16)
     graph = graphq.calibrate(graphq.prepare(model, "int8_weight_only", (x,)), [x], progress=False)
     before = model(x), graph(x)
-    graphq.fold_weights(graph).half()
+    folded = graphq.fold_weights(graph)
+    assert sum(t.numel() for t in folded.state_dict().values()) == sum(p.numel() for p in model.parameters())
+    folded.half()
     assert torch.equal(model(x), before[0]) and torch.equal(graph(x), before[1])

@@ -12,7 +12,7 @@ nothing on them is rounded to the nearest. Blocks are found in the graph: see `b
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,9 @@ from graphq.algorithms.results import RESULTS, WeightResult, errors_of
 from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.decision import decision_of
 from graphq.graph.garbage import give_back
+from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
+from graphq.graph.view import LayerView
 from graphq.numerics.affine import check_divides, expand
 from graphq.numerics.formats import Integer
 from graphq.numerics.products import add_moments, mirrored
@@ -33,6 +35,8 @@ from graphq.passes.placement import shared_magnitudes
 
 NAME = "autoround"
 HELD_OUT = 8  # every so many batches one is not learned from
+LARGE = 8  # times the elements that a block reads
+Wanted = Callable[[int], list[Tensor]]
 NARROWEST, WIDEST = 0.5, 1.5  # of c
 
 
@@ -64,35 +68,38 @@ class _Walk:
     def __init__(self, gm: fx.GraphModule, run: Run, iterations: int, batch: int, most: int) -> None:
         self.gm, self.iterations, self.batch = gm, iterations, batch
         found, self.others = by_input(gm)
-        self.sources: dict[fx.Node, fx.Node] = {}  # of each layer's op
+        self.sources: dict[fx.Node, fx.Node] = {}  # what each layer's op reads, behind a quantizer that is off
         groups: dict[fx.Node, list[Layer]] = {}
         for source, every in found.items():
             for layer in every:
-                reason = _refused(layer)
+                reason = refused(layer)
                 if reason:
                     self.others[layer.node] = reason
                     continue
-                self.sources[layer.node] = source
+                self.sources[layer.node] = layer.node.args[0]  # type: ignore[assignment]
                 groups.setdefault(source, []).append(layer)
         if not groups:
             why = "; ".join(sorted(set(self.others.values()))) or "no weight is quantized"
-            raise ConfigError(f"there is no weight to learn: {why}", where=NAME, remedy="Quantize to integers.")
+            raise ConfigError(f"there is no weight to learn: {why}", where=NAME, remedy="algorithms: gptq.")
         self.shared = shared_magnitudes(gm)
         self.rounded, self.exact = run.stream(gm), run.stream(gm, original=True)
         self.blocks = cut_into_blocks(self.rounded, groups, most)
+        recurrent = [n for n in gm.graph.nodes if family_of(n.target) == "lstm"]
+        if recurrent:
+            raise ConfigError("gradients do not pass through an LSTM", where=LayerView(gm, recurrent[0]).where(),
+                              remedy="algorithms: gptq.")  # fmt: skip
         self.results: list[WeightResult] = []
 
     @torch.no_grad()
     def choose(self, block: Block) -> None:
         begun = time.perf_counter()
         self.rounded.until(block.start)
-        self.exact.until(block.stop)
-        frontier = self.exact.frontier
-        wanted = [[frontier[number][n] for n in block.results] for number in range(len(frontier))]
+        wanted = self._wanted(block)
         moments = self._moments(block)
         learned = [self._rounding(layer, *moments[layer.node]) for layer in block.layers]
-        held = list(range(0, len(wanted), HELD_OUT)) if len(wanted) > 1 else [0]
-        seen = [n for n in range(len(wanted)) if n not in held] or held
+        count = len(self.rounded.frontier)
+        held = list(range(0, count, HELD_OUT)) if count > 1 else [0]
+        seen = [n for n in range(count) if n not in held] or held
         before = self._lost(block, learned, wanted, held)
         with torch.enable_grad():
             self._learn(block, learned, wanted, seen)
@@ -103,6 +110,17 @@ class _Walk:
             if not better:
                 rounding.forget()
             self._settle(rounding, seconds, better)
+
+    def _wanted(self, block: Block) -> Wanted:
+        """The results of the float model, by the number of a batch: kept, or computed again where they are far larger
+        than what the block reads (logits)."""
+        self.exact.until(block.start)
+        values = self.exact.trial(0, block.stop, keep=[block.start, *block.results])
+        if sum(values[n].numel() for n in block.results) > LARGE * max(values[block.start].numel(), 1):
+            return lambda number: [self.exact.trial(number, block.stop, keep=block.results)[n] for n in block.results]
+        self.exact.until(block.stop)
+        kept = [[self.exact.frontier[i][n] for n in block.results] for i in range(len(self.exact.frontier))]
+        return kept.__getitem__
 
     def _rounding(self, layer: Layer, hessian: Tensor, rows: int) -> _Rounding:
         where = layer.view.where()
@@ -131,7 +149,7 @@ class _Walk:
         whole = {key: mirrored(total) for key, total in totals.items()}
         return {layer.node: (whole[key], counts[key]) for key, layers in alike.items() for layer in layers}
 
-    def _learn(self, block: Block, learned: list[_Rounding], wanted: list[list[Tensor]], seen: list[int]) -> None:
+    def _learn(self, block: Block, learned: list[_Rounding], wanted: Wanted, seen: list[int]) -> None:
         order = torch.Generator().manual_seed(0)
         for step in range(self.iterations):
             weights = [rounding.weight() for rounding in learned]
@@ -145,21 +163,22 @@ class _Walk:
                         where=block.layers[0].view.where(),
                         remedy="Look for inputs or weights that are infinite or NaN.",
                     )
-                error.backward()
+                if error.requires_grad:  # not where what the layers compute becomes an integer
+                    error.backward()
             grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
             torch.autograd.backward(weights, grads)
             rate = (1 - step / self.iterations) / self.iterations
             for rounding in learned:
                 rounding.step(rate)
 
-    def _lost(self, block: Block, learned: list[_Rounding], wanted: list[list[Tensor]], numbers: list[int]) -> float:
+    def _lost(self, block: Block, learned: list[_Rounding], wanted: Wanted, numbers: list[int]) -> float:
         read = {rounding.layer.call: rounding.weight().detach() for rounding in learned}
         return sum(float(self._error(block, read, wanted, number)) for number in numbers)
 
-    def _error(self, block: Block, read: dict[fx.Node, Tensor], wanted: list[list[Tensor]], number: int) -> Tensor:
+    def _error(self, block: Block, read: dict[fx.Node, Tensor], wanted: Wanted, number: int) -> Tensor:
         values = self.rounded.trial(number, block.stop, read, block.results)
         mask, parts = self.rounded.masks[number], []
-        for node, target in zip(block.results, wanted[number], strict=True):
+        for node, target in zip(block.results, wanted(number), strict=True):
             lost = (values[node] - target).square()
             lost = lost[mask] if mask is not None and lost.shape[:-1] == mask.shape else lost
             parts.append(lost.sum() / max(1, lost.numel()))  # a batch of which no token counts loses nothing
@@ -191,7 +210,8 @@ class _Walk:
         finish(self.gm)
 
 
-def _refused(layer: Layer) -> str | None:
+def refused(layer: Layer) -> str | None:
+    """Why the layer cannot be learned, if it cannot."""
     if layer.view.family == "experts":
         return "experts are learned from tokens that another router may send elsewhere"
     if not isinstance(layer.spec.number_format, Integer):

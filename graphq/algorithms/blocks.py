@@ -19,7 +19,7 @@ from graphq.graph.view import value_of
 @dataclass(frozen=True)
 class Block:
     """The ops behind `start`, up to `stop`. layers: those whose ops are among them, in their order. results: what later
-    ops read of them, and layers have computed."""
+    ops and the output read of what they compute."""
 
     start: fx.Node
     stop: fx.Node
@@ -35,18 +35,16 @@ def cut_into_blocks(stream: Stream, sources: dict[fx.Node, list[Layer]], most: i
     alive = _alive_behind(order, {*layers, *sources})
     start, last = min(place[s] for s in sources), max(place[n] for n in layers)
     cuts = [i for i in range(start + 1, len(order)) if len(alive[i]) == 1 and _is_one_float(alive[i][0])]
-    if not cuts or cuts[-1] < last:
-        cuts.append(last)
-        given = [n for n in order[-1].all_input_nodes if place.get(n, -1) >= last and _is_one_float(n)]
-        if given:  # what the layers end in is not read again, but given back
-            cuts[-1] = max(place[n] for n in given)
-            alive[cuts[-1]] = given
+    given = {n for n in order[-1].all_input_nodes if _is_one_float(n)}
+    if not cuts or cuts[-1] < last:  # what the last layers end in is not read again, but given back
+        cuts.append(max([last, *(place[n] for n in given if n in place)]))
     blocks: list[Block] = []
     before, pending = start, list[Layer]()
 
     def end(at: int) -> None:
-        results = tuple(n for n in alive[at] if _is_one_float(n)) or (pending[-1].node,)
-        blocks.append(Block(order[start], order[at], tuple(pending), results))
+        back = [n for n in order[start + 1 : at + 1] if n in given]
+        results = dict.fromkeys([*(n for n in alive[at] if _is_one_float(n)), *back])
+        blocks.append(Block(order[start], order[at], tuple(pending), tuple(results)))
 
     for cut in cuts:
         here = [layers[n] for n in order[before + 1 : cut + 1] if n in layers]

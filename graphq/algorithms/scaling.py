@@ -104,7 +104,8 @@ def search_scales(
     tokens that a mask leaves out are looked at too. What an earlier run has left in the store is not searched again.
     """
     found = {name: g for name, g in every[0].items() if all(name in others for others in every)}
-    known = run.store.get_scales(run.step, _digests(graphs[0], found)) if run.store is not None else None
+    digests = _digests(graphs[0], found) if run.store is not None else {}
+    known = run.store.get_scales(run.step, digests) if run.store is not None else None
     scales = known and {name: scale.to(device_of(graphs[0])) for name, scale in known.items()}
     if scales is None:
         scales = {}
@@ -115,7 +116,7 @@ def search_scales(
                 scales[name] = scale
             give_back()
         if run.store is not None:
-            run.store.put_scales(run.step, scales, _digests(graphs[0], found))
+            run.store.put_scales(run.step, scales, digests)
     apply_everywhere(graphs, every, scales)
     if run.store is not None:
         run.store.put_others(*_changed(graphs[0]))

@@ -36,6 +36,8 @@ def listed(gm: fx.GraphModule, named: dict[str, Group], entries: Entries, within
     pairs = {name: pair_of(gm, group) for name, group in named.items()}
     by_linears = {frozenset(pair.linears): name for name, pair in pairs.items()}
     found: dict[str, Group] = {}
+    if isinstance(entries, Mapping):
+        raise ConfigError("scaling_layers is a list of entries", where=where, remedy="Put the entry into a list.")
     for entry in entries:
         _expect_entry(entry, where)
         here = [path for path in _decoder_layers(gm, within, where) if _holds(entry, gm.get_submodule(path), where)]
@@ -53,8 +55,8 @@ def listed(gm: fx.GraphModule, named: dict[str, Group], entries: Entries, within
 
 
 def _expect_entry(entry: Mapping[str, Any], where: str) -> None:
-    unknown = set(entry) - KEYS
-    if unknown or not isinstance(entry.get("prev_op"), str) or not entry.get("layers"):
+    unknown, named = set(entry) - KEYS, entry.get("layers")
+    if unknown or not isinstance(entry.get("prev_op"), str) or not isinstance(named, (list, tuple)) or not named:
         shape = "An entry has prev_op, a name, and layers, a list of names."
         remedy = did_you_mean(min(unknown), KEYS) if unknown else shape
         raise ConfigError(f"scaling_layers: {dict(entry)!r}", where=where, remedy=remedy)

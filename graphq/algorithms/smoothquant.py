@@ -49,12 +49,12 @@ def smoothquant(
         if not known and not (value is None and isinstance(alpha, dict)):
             raise ConfigError(f"alpha is a number from 0 to 1, 'search' or 'log', not {value!r}", where="smoothquant")
     every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
-    if not set.intersection(*map(set, every)):
-        return
 
+    asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
     if scaling_layers is not None:
         every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
-    asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
+    if not set.intersection(*map(set, every)):
+        return
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]

@@ -91,9 +91,12 @@ class WeightStore:
 
     def __init__(self, folder: str | Path, run: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        text = json.dumps(run, sort_keys=True)
+        text = json.dumps(run)  # in its order: the last selector that fits counts
         about = {"graphq_weights": 1, "run": hashlib.sha256(text.encode()).hexdigest(), "config": run["config"]}
         if self.folder.exists() and any(self.folder.iterdir()):
+            if not (self.folder / ABOUT).is_file():
+                raise StateError("this folder is not empty, and holds no weights of a run", where=str(self.folder),
+                                 remedy="Name a new one.")  # fmt: skip
             found = _read_about(self.folder)
             if found.get("run") != about["run"]:
                 raise StateError(

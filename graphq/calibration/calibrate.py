@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms import ALGORITHMS
 from graphq.algorithms.autoround import NAME as AUTOROUND
+from graphq.algorithms.autoround import refused
 from graphq.algorithms.equalization import NAME as EQUALIZATION
 from graphq.algorithms.layers import by_input
 from graphq.algorithms.scaling import SEARCHED
@@ -23,8 +24,8 @@ from graphq.calibration.runner import progress_of, run_calibration
 from graphq.calibration.stream import Stream
 from graphq.calibration.watch import watching
 from graphq.errors import ConfigError, StateError
-from graphq.graph.on_disk import on_disk
-from graphq.graph.view import parameter
+from graphq.graph.on_disk import digest_of, on_disk
+from graphq.graph.view import held, parameter
 from graphq.passes.placement import (
     correct_bias,
     fit_bias,
@@ -40,7 +41,7 @@ from graphq.passes.placement import (
 from graphq.quantizer import TensorQuantizer, quantizers
 
 T = TypeVar("T")
-OPS = "graphq_ops"  # in a graph's meta: as they were before the first algorithm
+MODEL = "graphq_model"  # in a graph's meta: what it was before the first algorithm
 BEFORE = (*SEARCHED, EQUALIZATION)  # algorithms that want weights which none has chosen
 DONE = "graphq_algorithms_done"  # in a graph's meta: names of the algorithms that have run
 
@@ -108,6 +109,14 @@ def _expect_order(names: list[str]) -> None:
     """Raises ConfigError, before any work, where scales would be sought for weights that are chosen already."""
     chosen = [i for i, name in enumerate(names) if name in (*FUNCTIONS, AUTOROUND)]
     late = [name for name in names[chosen[0] :] if name in BEFORE] if chosen else []
+    whole = [i for i in chosen if names[i] in FUNCTIONS]
+    again = [names[i] for i in chosen if whole and i > whole[0]]
+    if again:
+        raise ConfigError(
+            f"{names[whole[0]]} chooses all weights, and leaves none for {again[0]}",
+            where="algorithms",
+            remedy="Name one of them.",
+        )
     if late:
         raise ConfigError(
             f"{late[0]} comes behind {names[chosen[0]]}, which has chosen the weights by then",
@@ -122,8 +131,10 @@ def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
         if not any(on_disk(t) for t in gm.parameters()):
             continue
         observed = [q.label for q in quantizers(gm).values() if not q.constant and q.spec.dynamic is not True]
-        walked = any(a.name in (*FUNCTIONS, AUTOROUND) for a in gm.meta["graphq_config"].algorithms)
-        chosen = {id(layer.quantizer) for layers in by_input(gm)[0].values() for layer in layers} if walked else set()
+        names = {a.name for a in gm.meta["graphq_config"].algorithms}
+        walked, learned = bool(names & FUNCTIONS.keys()), AUTOROUND in names
+        layers = [layer for every in by_input(gm)[0].values() for layer in every] if walked or learned else []
+        chosen = {id(layer.quantizer) for layer in layers if walked or not refused(layer)}
         every = quantizers(gm).values()
         left = [q for q in every if not q.settled and id(q) not in chosen]
         weighted = [q.label for q in left if q.spec.observer == "imatrix_mse"]
@@ -165,8 +176,15 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
         tensor = value.detach().cpu().contiguous()
         seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    ops = graphs[0].meta.setdefault(OPS, [f"{n.op} {n.target} {n.name}" for n in graphs[0].graph.nodes])
-    return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": ops, "data": seen.hexdigest()})
+    model = graphs[0].meta.setdefault(MODEL, _model(graphs[0]))
+    return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": model, "data": seen.hexdigest()})
+
+
+def _model(gm: fx.GraphModule) -> list[str]:
+    """Ops, and what they read that is not quantized; each quantized weight is looked at when its turn has come."""
+    ops = [f"{n.op} {n.target} {n.name}" for n in gm.graph.nodes]
+    reads = [n for n in gm.graph.find_nodes(op="get_attr") if not any(u.op == "call_module" for u in n.users)]
+    return ops + [digest_of(t) for t in (held(gm, n) for n in reads) if t is not None]
 
 
 def _run_algorithms(graphs: Sequence[fx.GraphModule], run: _Run) -> None:

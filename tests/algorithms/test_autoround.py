@@ -206,3 +206,40 @@ def test_what_is_not_finite_is_an_error_that_names_the_layer():
     prepared = graphq.prepare(model, config(iterations=2), (data[0],), target="simulation")
     with pytest.raises(CalibrationError, match="finite"):
         graphq.calibrate(prepared, [data[0], data[1] * float("inf")], progress=False)
+
+
+class Chain(nn.Module):
+    def __init__(self, count=6):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(count))
+        self.scores, self.boxes = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        x = x.mean((2, 3))
+        return self.scores(x), self.boxes(x)
+
+
+def test_quantized_activations_between_blocks_and_heads_that_only_the_output_reads():
+    torch.manual_seed(0)
+    model, data = Chain().eval(), [torch.randn(4, 4, 8, 8) for _ in range(4)]
+    scheme = Scheme(weight=QuantSpec(format="int3", granularity="channel"), input=QuantSpec(format="int8"))
+    algorithms = ({"name": "autoround", "args": {"iterations": 60, "layers": 2}},)
+    settings = QuantConfig(rules=(Rule(select="linear | conv", scheme=scheme),), algorithms=algorithms)
+    graph = graphq.calibrate(graphq.prepare(model, settings, (data[0],), target="simulation"), data, progress=False)
+    results = graphq.weight_results(graph)
+    assert len(results) == 9
+    learned = {r.layer for r in results if r.relative_output_squared_error != r.nearest}
+    assert "scores" in learned  # that only the output reads
+
+
+def test_results_far_larger_than_what_a_block_reads_are_not_kept(monkeypatch):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 512)).eval(), [torch.randn(8, 16)] * 4
+    losses = []
+    for large in (autoround_module.LARGE, 10**6):
+        monkeypatch.setattr(autoround_module, "LARGE", large)
+        prepared = graphq.prepare(model, config(iterations=10, layers=1), (data[0],), target="simulation")
+        losses.append(lost(graphq.calibrate(prepared, data, progress=False), model, data))
+    assert losses[0] == losses[1]

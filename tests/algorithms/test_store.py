@@ -172,11 +172,12 @@ def tiny(weight=WEIGHT, algorithms=("gptq",), given=None):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    x = torch.randn(16, 32)
-    for seed in (0, 1):
-        graph = graphq.prepare(Normed(seed).eval(), tiny(), (x,), target="simulation")
-        if seed == 0:
+    x, model = torch.randn(16, 32), Normed(0).eval()
+    for number in (0, 1):
+        graph = graphq.prepare(model, tiny(), (x,), target="simulation")
+        if number == 0:
             graphq.calibrate(graph, [x], progress=False, store=tmp_path / "store")
+            next(m for m in model.modules() if isinstance(m, nn.Linear)).weight.data[0, 0] += 1
             continue
         with pytest.raises(StateError, match="of another model"):
             graphq.calibrate(graph, [x], progress=False, store=tmp_path / "store")
@@ -349,6 +350,20 @@ def test_a_run_that_failed_behind_the_scales_goes_on_with_the_same_graph(checkpo
             graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
     graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
     assert same(files(tmp_path / "store"), files(scaled[1]))
+
+
+def test_one_algorithm_that_chooses_all_weights_is_enough(checkpoint):
+    graph = prepared(in_memory(checkpoint), config(algorithms=("gptq", "rtn")))
+    with pytest.raises(ConfigError, match="leaves none for rtn"):
+        graphq.calibrate(graph, DATA, progress=False)
+
+
+def test_a_model_that_differs_in_what_is_not_quantized_is_another(checkpoint, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "store")
+    model = in_memory(checkpoint)
+    model.model.model.norm.weight.data[0] += 1
+    with pytest.raises(StateError, match="another run"):
+        graphq.calibrate(prepared(model), DATA, progress=False, store=tmp_path / "store")
 
 
 @pytest.mark.parametrize("names", [("gptq", "awq"), ("rtn", "smoothquant"), ("autoround", "equalization")])

@@ -7,6 +7,7 @@ that are still to come, as far as the inputs of the calibration data are correla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -83,22 +84,29 @@ def walk(
             w[i].sub_(nearest(w[i].view(-1), i, result[i].view(-1)).view_as(w[i])).div_(diagonal[i])
             w[i + 1 : stop].addcmul_(factor[:, i, i + 1 : stop].T[..., None], w[i], value=-1)
 
-    def halves(start: int, stop: int) -> None:
-        """Half, what its errors make of the other half, and that."""
-        if stop - start <= block:
-            return columns(start, stop)
-        middle = start + -(-(stop - start) // (2 * block)) * block
-        halves(start, middle)
-        heard = factor[:, start:middle, middle:stop].transpose(1, 2)
-        w[middle:stop] -= matmul(heard, w[start:middle].transpose(0, 1)).transpose(0, 1)
-        halves(middle, stop)
-
-    halves(0, len(w))
+    for start, middle, stop in _halves(0, len(w), block):
+        if middle == stop:
+            columns(start, stop)
+        else:
+            heard = factor[:, start:middle, middle:stop].transpose(1, 2)
+            w[middle:stop] -= matmul(heard, w[start:middle].transpose(0, 1)).transpose(0, 1)
     found = torch.empty_like(weight).scatter_(2, index, result.permute(1, 2, 0))
     dead = ~hessian.flatten(1).any(1)
     if dead.any():
         found[dead] = grid.rounded(weight.flatten(0, 1)).view_as(weight)[dead]
     return found
+
+
+def _halves(start: int, stop: int, block: int) -> Iterator[tuple[int, int, int]]:
+    """(start, middle, stop): half, what its errors make of the other half, and that. middle is stop where no half is
+    left, but columns that are walked one by one."""
+    if stop - start <= block:
+        yield start, stop, stop
+        return
+    middle = start + -(-(stop - start) // (2 * block)) * block
+    yield from _halves(start, middle, block)
+    yield start, middle, stop
+    yield from _halves(middle, stop, block)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -107,6 +115,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     With the order of columns turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
     """
     turned = hessian.flip(1, 2).double()
+    del hessian  # of a wide layer each of these matrices counts
     diagonal = turned.diagonal(dim1=1, dim2=2).clone()
     seen = diagonal != 0
     mean = diagonal.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
@@ -117,7 +126,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         turned.diagonal(dim1=1, dim2=2).copy_(diagonal + share * mean)
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed.any():
-            return _inverse(lower.float()).flip(1, 2)
+            del turned
+            lower = lower.float()
+            return _inverse(lower).flip(1, 2)
         share = torch.where(failed[:, None] != 0, share.clamp(min=1e-4) * 10, share)
     raise CalibrationError(
         "the inputs of this layer span too few directions", remedy="Give more calibration data, or more damping."

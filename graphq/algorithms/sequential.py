@@ -12,6 +12,7 @@ qep (Arai and Ichikawa, 2025): before a layer is rounded its weight takes on wha
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -127,18 +128,18 @@ class _Walk:
         self.rounded = run.stream(gm)
         self.exact = run.stream(gm, original=True) if qep or _wants(choose, ASYMMETRIC) else None
         self.progress, self.store = run.progress, run.store
-        self.freed, self.results = 0, list[WeightResult]()  # elements of weights that are not needed any more
+        self.results: list[WeightResult] = []
 
     def go(self) -> None:
+        gc.collect()  # what tracing has left
+        give_back()
         for source, every in self.progress(self.groups.items(), self.name):
             inputs = self.rounded.until(source)  # also where nothing is left to choose: one group's weights at a time
             wanted = self.exact.until(source) if self.exact is not None else None
             for alike in alike_in_rows(every):
                 self._choose(alike, inputs, wanted)
-            self.freed += sum(layer.shape_of_weight.numel() for layer in every)
-            if self.freed > MOST // 4:
-                self.freed = 0
-                give_back()
+            del inputs, wanted  # before the next are computed
+            give_back()
 
     def undo(self) -> None:
         """Leave the graph as it was."""
@@ -202,7 +203,7 @@ class _Walk:
         weight, scale, zero = placeholders(stored, original.device)
         if not layer.is_on_disk:
             weight, scale, zero = (values_of(t) for t in (weight, scale, zero))
-        overall = stored.tensors()["overall"].to(original.device)
+        overall = stored.tensors()["overall"].clone().to(original.device)  # a view would keep the file mapped
         layer.settle_on(weight, scale, zero, overall, self.name, result.words())
 
 

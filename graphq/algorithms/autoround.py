@@ -19,16 +19,15 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.blocks import Block, cut_into_blocks
-from graphq.algorithms.grid import Grid
+from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows
-from graphq.algorithms.results import RESULTS, WeightResult, errors_of
+from graphq.algorithms.results import WeightResult, errors_of, keep_results
 from graphq.errors import CalibrationError, ConfigError, GraphqError
-from graphq.graph.decision import decision_of
 from graphq.graph.garbage import give_back
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
 from graphq.graph.view import LayerView
-from graphq.numerics.affine import check_divides, expand
+from graphq.numerics.affine import expand
 from graphq.numerics.formats import Integer
 from graphq.numerics.products import add_moments, mirrored
 from graphq.passes.placement import shared_magnitudes
@@ -202,11 +201,7 @@ class _Walk:
 
     def finish(self) -> None:
         """Say what was done, and what was not."""
-        for node, why in self.others.items():
-            decision = decision_of(node)
-            assert decision is not None
-            decision.reason += f"; to the nearest, not {NAME}: {why}"
-        self.gm.meta.setdefault(RESULTS, []).extend(self.results)
+        keep_results(self.gm, NAME, self.results, self.others)
         finish(self.gm)
 
 
@@ -224,12 +219,7 @@ class _Rounding:
 
     def __init__(self, layer: Layer, hessian: Tensor, rows: int, overall: Tensor | None) -> None:
         self.layer, self.hessian, self.rows, self.original = layer, hessian, rows, layer.matrix()
-        if not layer.spec.ragged:
-            check_divides(self.original.shape, layer.block, layer.view.where())
-        importance = hessian.diagonal(dim1=1, dim2=2)
-        if len(hessian) > 1:
-            importance = importance.repeat_interleave(len(self.original) // len(hessian), 0)
-        self.grid = Grid(layer.spec, layer.block, self.original, overall=overall, importance=importance)
+        self.grid = grid_of(layer.spec, layer.block, self.original, hessian, overall)
         self.low, self.high = layer.spec.number_format.limits(layer.spec.narrow_range)
         self.zero = self._wide(self.grid.zero)
         self.forget()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphq.config.spec import QuantSpec
-from graphq.numerics.affine import fake_quantize, quantize
+from graphq.numerics.affine import check_divides, fake_quantize, quantize
 from graphq.numerics.formats import Integer
 from graphq.numerics.scales import TWO_LEVEL
 from graphq.observers import make_observer
@@ -125,6 +125,19 @@ class Grid:
     def _how(self) -> dict[str, Any]:
         spec = self.spec
         return {"narrow_range": spec.narrow_range, "rounding": spec.rounding, "saturate": spec.saturate}
+
+
+def grid_of(
+    spec: QuantSpec, block: tuple[int, ...], weight: Tensor, hessian: Tensor, overall: Tensor | None = None
+) -> Grid:
+    """The grid of a weight whose inputs have these second moments [groups, in, in]. Raises ConfigError for groups that
+    do not divide it."""
+    if not spec.ragged:
+        check_divides(weight.shape, block)
+    importance = hessian.diagonal(dim1=1, dim2=2)  # one row is enough where all have the same inputs
+    if len(hessian) > 1:
+        importance = importance.repeat_interleave(len(weight) // len(hessian), 0)
+    return Grid(spec, block, weight, overall=overall, importance=importance)
 
 
 def _in_order(columns: Tensor, places: Tensor, rows: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.grid import Grid
+from graphq.graph.decision import decision_of
 from graphq.numerics.products import matmul
 
 RESULTS = "graphq_weights"  # in a graph's meta: a WeightResult for every weight that an algorithm has chosen
@@ -58,6 +59,15 @@ class WeightResult:
 def weight_results(graph: fx.GraphModule) -> list[WeightResult]:
     """What weight algorithms have made of the weights of a calibrated or converted graph, in their order."""
     return list(graph.meta.get(RESULTS, ()))
+
+
+def keep_results(gm: fx.GraphModule, name: str, results: list[WeightResult], others: dict[fx.Node, str]) -> None:
+    """Keep with the graph what an algorithm has chosen, and say of other ops with quantized weights why it left them."""
+    for node, why in others.items():
+        decision = decision_of(node)
+        assert decision is not None
+        decision.reason += f"; to the nearest, not {name}: {why}"
+    gm.meta.setdefault(RESULTS, []).extend(results)
 
 
 def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows: float) -> dict[str, float | None]:

@@ -23,18 +23,16 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run, Stream
-from graphq.algorithms.grid import Grid
+from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows
-from graphq.algorithms.results import RESULTS, WeightResult, errors_of
+from graphq.algorithms.results import WeightResult, errors_of, keep_results
 from graphq.algorithms.store import digest_of, placeholders
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError, StateError
-from graphq.graph.decision import decision_of
 from graphq.graph.expert_ops import bounds
 from graphq.graph.garbage import give_back
 from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
-from graphq.numerics.affine import check_divides
 from graphq.numerics.products import add_moments, matmul, mirrored
 from graphq.numerics.scales import TWO_LEVEL
 from graphq.passes.placement import shared_magnitudes
@@ -150,11 +148,7 @@ class _Walk:
 
     def finish(self) -> None:
         """Say what was done, and what was not."""
-        for node, why in self.others.items():
-            decision = decision_of(node)
-            assert decision is not None
-            decision.reason += f"; to the nearest, not {self.name}: {why}"
-        self.gm.meta.setdefault(RESULTS, []).extend(self.results)
+        keep_results(self.gm, self.name, self.results, self.others)
         finish(self.gm)
 
     def _choose(self, alike: list[Layer], inputs: list[Tensor], wanted: list[Tensor] | None) -> None:
@@ -219,12 +213,7 @@ def round_weights(
     start, hessian = time.perf_counter(), moments.hessian
     where, spec, block = ", ".join(layer.view.where() for layer in layers), layers[0].spec, layers[0].block
     try:
-        if not spec.ragged:
-            check_divides(weight.shape, block, where)
-        importance = hessian.diagonal(dim1=1, dim2=2)  # one row is enough where all have the same inputs
-        if len(hessian) > 1:
-            importance = importance.repeat_interleave(len(weight) // len(hessian), 0)
-        grid = Grid(spec, block, weight, overall=overall, importance=importance)
+        grid = grid_of(spec, block, weight, hessian, overall)
         chosen = _by_group(choose, weight, moments, grid)
         if chosen.shape != weight.shape:
             raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(weight.shape)}")

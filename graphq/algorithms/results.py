@@ -62,7 +62,7 @@ def weight_results(graph: fx.GraphModule) -> list[WeightResult]:
 
 
 def keep_results(gm: fx.GraphModule, name: str, results: list[WeightResult], others: dict[fx.Node, str]) -> None:
-    """Keep with the graph what an algorithm has chosen, and say of other ops with quantized weights why it left them."""
+    """Keep with the graph what an algorithm has chosen, and say of other quantized ops why it left their weights."""
     for node, why in others.items():
         decision = decision_of(node)
         assert decision is not None

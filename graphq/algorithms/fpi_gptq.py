@@ -27,7 +27,7 @@ def fpi_gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.
     if not hessian.any():
         return grid.rounded(weight)  # its inputs are zero in all data
     places = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian[places[:, None], places][None], damping)[0]
+    factor = inverse_factor(hessian[None], places[None], damping)[0]
     diagonal, passed_on = factor.diagonal(), factor.triu(1)
     chosen = grid.rounded(weight)
     best, least = chosen, _lost(weight - chosen, hessian)

@@ -38,7 +38,7 @@ def gptaq(
         raise ConfigError(f"alpha {alpha} is from 0 to 1, block {block}, damping {damping} positive", where="gptaq")
     one = hessian[None]
     places = in_order(one)
-    factor = inverse_factor(reordered(one, places), damping)
+    factor = inverse_factor(one, places, damping)
     if cross is not None:
         push = matmul(matmul(reordered(cross[None], places)[0], factor[0].T).triu(1), factor[0])
         weight = weight.index_add(1, places[0], alpha * matmul(weight[:, places[0]], push))

@@ -45,7 +45,7 @@ def gptq(
             "dynamic groups are those of neighbours", where="gptq", remedy="order: none, or groups: static."
         )
     places = in_order(hessian, activation=order == "activation")
-    factor = inverse_factor(reordered(hessian, places), damping)
+    factor = inverse_factor(hessian, places, damping)
     if groups == "dynamic" and grid.block:
         block = -(-block // grid.width) * grid.width  # whole groups
     return walk(weight, hessian, factor, grid, places, block, refit=groups == "dynamic")
@@ -109,24 +109,25 @@ def _halves(start: int, stop: int, block: int) -> Iterator[tuple[int, int, int]]
     yield from _halves(middle, stop, block)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U with H⁻¹ = Uᵀ·U, upper triangular, float32 [groups, in, in]. Raises CalibrationError where H stays singular.
+def inverse_factor(hessian: Tensor, places: Tensor, damping: float) -> Tensor:
+    """U with H⁻¹ = Uᵀ·U, upper triangular, float32 [groups, in, in], of H with its columns in the order of `places`
+    [groups, in]. Raises CalibrationError where H stays singular.
 
-    With the order of columns turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
+    With that order turned round, H = L·Lᵀ; turned back, L is upper triangular and U its inverse.
     """
-    turned = hessian.flip(1, 2).double()
-    del hessian  # of a wide layer each of these matrices counts
-    diagonal = turned.diagonal(dim1=1, dim2=2).clone()
+    places = places.flip(1)
+    diagonal = hessian.diagonal(dim1=1, dim2=2).gather(1, places).double()
     seen = diagonal != 0
     mean = diagonal.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
     mean = mean.where(seen.any(1, keepdim=True), torch.ones_like(mean))
     diagonal = diagonal.where(seen, mean)  # of inputs that are always zero: any rounding will do
     share = torch.full_like(mean, damping)
     for _ in range(RETRIES):
-        turned.diagonal(dim1=1, dim2=2).copy_(diagonal + share * mean)
-        lower, failed = torch.linalg.cholesky_ex(turned)
+        lower = reordered(hessian, places).double().mT  # symmetric; LAPACK works in place on columns
+        lower.diagonal(dim1=1, dim2=2).copy_(diagonal + share * mean)
+        failed = torch.zeros(len(lower), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))  # of a wide layer each copy counts
         if not failed.any():
-            del turned
             lower = lower.float()
             return _inverse(lower).flip(1, 2)
         share = torch.where(failed[:, None] != 0, share.clamp(min=1e-4) * 10, share)

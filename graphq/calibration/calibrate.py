@@ -175,7 +175,7 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
             continue
         tensor = value.detach().cpu().contiguous()
         seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy())
     model = graphs[0].meta.setdefault(MODEL, _model(graphs[0]))
     return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": model, "data": seen.hexdigest()})
 

@@ -64,7 +64,9 @@ class Scaled:
 def digest_of(tensor: Tensor) -> str:
     """Of values and shape."""
     values = values_of(tensor).detach().cpu().float().contiguous()
-    return hashlib.sha256(f"{list(values.shape)}".encode() + values.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{list(values.shape)}".encode())
+    digest.update(values.numpy())  # as it lies in memory: an embedding's bytes are many
+    return digest.hexdigest()
 
 
 def scaled(tensor: Tensor, factors: Tensor, *, divide: bool = False) -> Tensor:

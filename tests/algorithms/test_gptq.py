@@ -90,7 +90,7 @@ def test_dead_columns_and_too_few_rows_are_no_hindrance():
 
 def test_moments_that_are_no_numbers_are_refused():
     with pytest.raises(CalibrationError, match="too few directions"):
-        inverse_factor(torch.full((1, 4, 4), torch.nan), 0.01)
+        inverse_factor(torch.full((1, 4, 4), torch.nan), torch.arange(4)[None], 0.01)
 
 
 def test_qep_moves_the_weight_by_what_its_inputs_have_lost():

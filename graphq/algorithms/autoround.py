@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.blocks import Block, cut_into_blocks
+from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
@@ -65,7 +66,7 @@ class _Walk:
     """One graph, block by block."""
 
     def __init__(self, gm: fx.GraphModule, run: Run, iterations: int, batch: int, most: int) -> None:
-        self.gm, self.iterations, self.batch = gm, iterations, batch
+        self.gm, self.iterations, self.batch, self.store = gm, iterations, batch, run.store
         found, self.others = by_input(gm)
         self.sources: dict[fx.Node, fx.Node] = {}  # what each layer's op reads, behind a quantizer that is off
         groups: dict[fx.Node, list[Layer]] = {}
@@ -91,6 +92,9 @@ class _Walk:
 
     @torch.no_grad()
     def choose(self, block: Block) -> None:
+        if self.store is not None and all_stored(block.layers, self.store):
+            self.results += [settle_stored(layer, NAME, self.store) for layer in block.layers]
+            return
         begun = time.perf_counter()
         self.rounded.until(block.start)
         wanted = self._wanted(block)
@@ -187,9 +191,9 @@ class _Walk:
         layer, grid = rounding.layer, rounding.on_grid()
         chosen = rounding.matrix().detach()
         errors = errors_of(rounding.original, chosen, grid, rounding.hessian, rounding.rows)
-        result = WeightResult(layer.node.name, layer.view.path, NAME, seconds, **errors)  # type: ignore[arg-type]
-        taken_back = "" if better else "; held-out data say no better than the nearest, which is taken"
-        layer.settle(chosen, grid, NAME, result.words() + taken_back)
+        about = (layer.node.name, layer.view.path, NAME, seconds)
+        result = WeightResult(*about, **errors, taken_back=not better)  # type: ignore[arg-type]
+        settle(layer, chosen, grid, NAME, result, self.store)
         self.results.append(result)
 
     def undo(self) -> None:

@@ -25,6 +25,7 @@ class WeightResult:
     output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
     over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
     grid. seconds: of choosing. unseen: experts that no calibration token has reached; theirs is rounded to the nearest.
+    taken_back: what was learned was no better on data held out, so that the nearest values are taken.
     """
 
     node: str
@@ -39,6 +40,7 @@ class WeightResult:
     relative_weight_squared_error: float | None
     nearest: float | None
     unseen: tuple[int, ...] = ()
+    taken_back: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unseen", tuple(self.unseen))  # JSON knows lists only
@@ -53,6 +55,7 @@ class WeightResult:
         lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"
         without = ", ".join(map(str, self.unseen))
         note = f"; experts {without} saw no token and are rounded to the nearest" if without else ""
+        note += "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
         return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}{note}"
 
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run, Stream
+from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
-from graphq.algorithms.store import digest_of, placeholders
 from graphq.config.spec import QuantSpec
-from graphq.errors import CalibrationError, ConfigError, GraphqError, StateError
+from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.expert_ops import bounds
 from graphq.graph.garbage import give_back
-from graphq.graph.on_disk import values_of
 from graphq.graph.passes import finish
 from graphq.numerics.products import add_moments, matmul, mirrored
 from graphq.numerics.scales import TWO_LEVEL
@@ -155,9 +154,8 @@ class _Walk:
         stacks = stacks_of(alike) if _wants(self.choose, BY_ROW) else [[layer] for layer in alike]
         moments: Moments | None = None
         for layers in stacks:
-            if all(self._in_store(layer) for layer in layers):
-                for layer in layers:
-                    self._take_stored(layer)
+            if self.store is not None and all_stored(layers, self.store):
+                self.results += [settle_stored(layer, self.name, self.store) for layer in layers]
                 continue
             moments = moments or moments_of(alike[0], inputs, wanted, self.rounded)
             self._quantize(layers, moments)
@@ -169,36 +167,8 @@ class _Walk:
         shared = self.shared.get(layers[0].quantizer)
         found = round_weights(layers, _joined(parts), moments, self.name, self.choose, shared)
         for layer, (chosen, grid, result) in zip(layers, found, strict=True):
-            if self.store is None:
-                self.results.append(result)
-                layer.settle(chosen, grid, self.name, result.words())
-                continue
-            self.store.put(
-                layer.parameter_name, grid.codes(chosen), grid.scale, grid.zero, grid.overall, layer.weight,
-                layer.block, layer.spec, layer.view.family, result,
-            )  # fmt: skip
-            self._take_stored(layer)
-
-    def _in_store(self, layer: Layer) -> bool:
-        return self.store is not None and self.store.get(layer.parameter_name) is not None
-
-    def _take_stored(self, layer: Layer) -> None:
-        """Raises StateError for another's weight."""
-        stored = self.store.get(layer.parameter_name) if self.store is not None else None
-        assert stored is not None
-        original, result = layer.weight, stored.result
-        if stored.about["original"] != digest_of(original) or stored.spec != layer.spec:
-            raise StateError(
-                "the store holds this weight of another model",
-                where=str(stored.path),
-                remedy="Name a new folder, or delete this one.",
-            )
-        self.results.append(result)
-        weight, scale, zero = placeholders(stored, original.device)
-        if not layer.is_on_disk:
-            weight, scale, zero = (values_of(t) for t in (weight, scale, zero))
-        overall = stored.tensors()["overall"].clone().to(original.device)  # a view would keep the file mapped
-        layer.settle_on(weight, scale, zero, overall, self.name, result.words())
+            settle(layer, chosen, grid, self.name, result, self.store)
+            self.results.append(result)
 
 
 def round_weights(

@@ -160,11 +160,12 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
     """
     config = graphs[0].meta["graphq_config"]
     names = [a.name for a in config.algorithms]
-    if not set(names) & FUNCTIONS.keys() or not set(names) <= FUNCTIONS.keys() | set(SEARCHED):
+    choosing = {AUTOROUND, *FUNCTIONS}
+    if not set(names) & choosing or not set(names) <= choosing | set(SEARCHED):
         raise ConfigError(
             "a store is for weights that are chosen one after the other",
             where=" and ".join(names) or "no algorithm",
-            remedy=f"algorithms: one of {', '.join(FUNCTIONS)}, after {' or '.join(SEARCHED)} if you like.",
+            remedy=f"algorithms: one of {', '.join(sorted(choosing))}, after {' or '.join(SEARCHED)} if you like.",
         )
     if len(graphs) > 1:
         raise StateError("a store is for one target", where=str(folder), remedy="Calibrate the graphs one by one.")
@@ -175,7 +176,7 @@ def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -
             continue
         tensor = value.detach().cpu().contiguous()
         seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        seen.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        seen.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     model = graphs[0].meta.setdefault(MODEL, _model(graphs[0]))
     return WeightStore(folder, {"config": config.model_dump(mode="json"), "graph": model, "data": seen.hexdigest()})
 

@@ -65,7 +65,7 @@ def digest_of(tensor: Tensor) -> str:
     """Of values and shape."""
     values = values_of(tensor).detach().cpu().float().contiguous()
     digest = hashlib.sha256(f"{list(values.shape)}".encode())
-    digest.update(values.numpy())  # as it lies in memory: an embedding's bytes are many
+    digest.update(values.numpy().data)  # as it lies in memory: an embedding's bytes are many
     return digest.hexdigest()
 
 

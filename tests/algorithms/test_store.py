@@ -12,6 +12,7 @@ from torch import nn
 import graphq
 from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.algorithms import autoround as autoround_module
 from graphq.algorithms import awq as awq_module
 from graphq.algorithms import sequential
 from graphq.errors import ConfigError, LoadError, StateError
@@ -381,3 +382,31 @@ def test_autoround_takes_a_model_on_disk_with_weighted_ranges(checkpoint):
         for model in (Logits(from_disk(build, checkpoint)), in_memory(checkpoint))
     ]
     assert torch.equal(*outputs)
+
+
+def test_autoround_that_is_stopped_goes_on_to_the_same_bits(checkpoint, tmp_path, monkeypatch):
+    settings = config(algorithms=({"name": "autoround", "args": {"iterations": 3, "layers": 1}},))
+    whole = graphq.calibrate(prepared(in_memory(checkpoint), settings), DATA, progress=False)
+    learn, calls = autoround_module._Walk._learn, []
+
+    def stops(self, *args):
+        calls.append(args)
+        if len(calls) >= 3:
+            raise KeyboardInterrupt
+        learn(self, *args)
+
+    store = tmp_path / "store"
+    for model in (Logits(from_disk(build, checkpoint)), in_memory(checkpoint)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(autoround_module._Walk, "_learn", stops)
+            graphq.calibrate(prepared(model, settings), DATA, progress=False, store=store)
+        assert 0 < len(files(store)) < 7
+    assert len(calls) == 4  # the second run learned nothing before it went on
+    graph = graphq.calibrate(
+        prepared(Logits(from_disk(build, checkpoint)), settings), DATA, progress=False, store=store
+    )
+    with torch.no_grad():
+        assert torch.equal(graphq.fold_weights(graph)(DATA[0]), whole(DATA[0]))
+        assert torch.equal(graphq.apply_stored(store, in_memory(checkpoint))(DATA[0]), whole(DATA[0]))
+    lost = [[r.output_squared_error for r in graphq.weight_results(g)] for g in (graph, whole)]
+    assert lost[0] == lost[1] and len(lost[0]) == 7

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from graphq.algorithms.absorption import shifts
 from graphq.algorithms.base import ALGORITHMS, Run, replace_read
 from graphq.algorithms.layers import Layer, by_input
 from graphq.errors import ConfigError
@@ -33,8 +34,9 @@ Pair = tuple[str, str]  # names of the two nodes
 
 
 @ALGORITHMS.register(NAME)
-def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50) -> None:
-    """sweeps: over all pairs, at most."""
+def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50, absorb: bool = False) -> None:
+    """sweeps: over all pairs, at most. absorb: move what channels hardly fall below into the next bias, see
+    `graphq.algorithms.absorption`."""
     if sweeps < 1:
         raise ConfigError(f"at least one sweep, not {sweeps}", where=NAME)
     layers = [_layers(gm) for gm in graphs]
@@ -47,10 +49,13 @@ def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50
             remedy="Leave it out: relu6, norms and sums between layers keep no scale of channels.",
         )
     scales = _scales(layers[0], pairs, sweeps)
+    absorbed = shifts(graphs[0], run, [(layers[0][a], layers[0][b]) for a, b in pairs]) if absorb else {}
     for gm, known in zip(graphs, layers, strict=True):
         for first, second in pairs:
             _divide_rows(known[first], scales[first, second])
             _multiply_columns(known[second], scales[first, second])
+            if first in absorbed:
+                _absorb(known[first], known[second], absorbed[first] / scales[first, second])
         finish(gm)
 
 
@@ -137,19 +142,29 @@ def _columns_multiplied(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _divide_rows(layer: Layer, scale: Tensor) -> None:
     _set_weight(layer, _rows_divided(layer.weight, scale))
-    bias = layer.view.arg("bias")
-    if bias is None:
-        return
-    tensor = parameter(layer.view.gm, bias)
-    assert tensor is not None
-    new = replace_read(layer.view.gm, bias, layer.node, (tensor.detach() / scale).to(tensor.dtype), NAME)
-    if layer.decision.bias is bias:
-        layer.decision.bias = new
+    tensor = parameter(layer.view.gm, layer.view.arg("bias"))
+    if tensor is not None:
+        _set_bias(layer, tensor.detach() / scale)
 
 
 def _multiply_columns(layer: Layer, scale: Tensor) -> None:
     _set_weight(layer, _columns_multiplied(layer.weight, scale))
     layer.decision.reason += f"; equalized with what makes its input, by {scale.min():.2g} to {scale.max():.2g}"
+
+
+def _absorb(first: Layer, second: Layer, shift: Tensor) -> None:
+    before, after = (parameter(layer.view.gm, layer.view.arg("bias")) for layer in (first, second))
+    assert before is not None and after is not None
+    _set_bias(first, before.detach() - shift)
+    _set_bias(second, after.detach() + _columns_multiplied(second.weight, shift).flatten(1).sum(1))
+    first.decision.reason += f"; {int(shift.count_nonzero())} channels less by what they hardly fall below"
+
+
+def _set_bias(layer: Layer, bias: Tensor) -> None:
+    old = layer.view.arg("bias")
+    new = replace_read(layer.view.gm, old, layer.node, bias.to(old.meta["val"].dtype), NAME)
+    if layer.decision.bias is old:
+        layer.decision.bias = new
 
 
 def _set_weight(layer: Layer, weight: Tensor) -> None:

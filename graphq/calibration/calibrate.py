@@ -208,6 +208,9 @@ class _Run:
         self.on_disk, self.streams, self.step = frontier == "disk", 0, 0
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
+        if any(on_disk(t) for t in self.first.parameters()):
+            raise StateError("this algorithm looks at the whole model while it runs, and its weights are on disk",
+                             where="algorithms", remedy="Load the model into memory.")  # fmt: skip
         with watching(self.first, watchers):
             run_calibration(self.first, self.data, progress=self.show)
 

@@ -218,6 +218,20 @@ def test_a_store_keeps_the_scale_over_block_scales(tmp_path):
     assert reads[0] == reads[1] and torch.equal(graphs[0](x), graphs[1](x))
 
 
+def test_an_algorithm_that_looks_at_the_whole_model_wants_it_in_memory(tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    save_file(dict(build().state_dict()), tmp_path / "m.safetensors")
+    absorb = {"name": "equalization", "args": {"absorb": True}}
+    weight = QuantSpec(format="int8", granularity="channel")
+    graph = graphq.prepare(
+        from_disk(build, tmp_path), tiny(weight, (absorb,)), (torch.randn(2, 4),), target="simulation"
+    )
+    with pytest.raises(StateError, match="looks at the whole model"):
+        graphq.calibrate(graph, [torch.randn(2, 4)], progress=False)
+
+
 def onnx_nodes(path):
     import onnx
 

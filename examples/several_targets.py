@@ -7,7 +7,6 @@ import onnx
 
 import graphq
 from graphq.lint import lint
-from graphq.report.tables import verification_line
 from zoo import efficientnet_lite0, photo_crops, rows
 
 TARGETS = ["onnxruntime", "openvino", "tensorrt"]  # "torch_compile" too, where a minute of compilation does not matter
@@ -21,6 +20,6 @@ with tempfile.TemporaryDirectory() as folder:
         quality = graphq.compare(model, graphs[name], held_out, per_op=False)
         print(f"\n{path.name}: {quality.sqnr:.1f} dB, {explanation.kernels()}")
         print(f"{len(explanation.disagreements)} kernels are others than predicted")
-        print(verification_line(graphq.verify(graphs[name], path, held_out)))
+        print(graphq.verify(graphs[name], path, held_out))
     for target in ("onnxruntime", "tensorrt"):
         print(target, "lint finds", lint(onnx.load(files[target]), target) or "nothing")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import graphq
 from graphq import QuantConfig, Rule
-from graphq.report.tables import verification_line
 from zoo import minilm, rows, sentences
 
 config = QuantConfig(
@@ -28,5 +27,5 @@ for layer in ("encoder.layer.0.attention.self.query", "encoder.layer.1.attention
 with tempfile.TemporaryDirectory() as folder:
     path = graphq.export(quantized, Path(folder) / "minilm-int8.onnx")
     held_out = rows(sentences(8, seed=1), 8)
-    print(verification_line(graphq.verify(quantized, path, held_out)))
+    print(graphq.verify(quantized, path, held_out))
 print(config.to_yaml())

@@ -185,8 +185,9 @@ def calibrate(
 
     prepared: a graph, or the graphs of several targets; the data run once.
     data: an iterable of tensors, tuples or dicts (a DataLoader is one), or a callable that runs the model it is given.
-    store: a folder in which weights are kept that algorithms choose one after the other (gptq, rtn). A run that was
-        stopped goes on from there, and a model that is on disk (`from_disk`) needs memory for one weight at a time.
+    store: a folder in which weights are kept that algorithms choose layer by layer (gptq, rtn) or block by block
+        (autoround). A run that was stopped goes on from there, and a model that is on disk (`from_disk`) needs memory
+        for one weight, or block, at a time.
     frontier: where the samples are kept between two layers meanwhile: in memory, or in the store's folder.
     """
     graphs = _each(prepared)

@@ -32,7 +32,7 @@ from graphq.loading import load_data, load_model
 from graphq.passes.targets import Target, get_target, options_of
 from graphq.report.explain import explain as explain_graph
 from graphq.report.html import report
-from graphq.report.tables import comparison_table, explanation_table, verification_line
+from graphq.report.tables import comparison_table, explanation_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,7 +112,7 @@ def quantize(
         results.append({"file": str(file), "target": name, **figures})
         if not as_json:
             console.print(_summary(explanation.kernels(), quality, place))
-            console.print(verification_line(checked))
+            console.print(str(checked))
             console.print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB) for {place.name} ({place.cpu})")
     if as_json:
         emit(results if len(results) > 1 else results[0])

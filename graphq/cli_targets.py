@@ -15,7 +15,7 @@ from graphq.errors import StateError
 from graphq.evaluate.latency import check_runtime, measure, random_feed, runtime_of
 from graphq.evaluate.verify import verify
 from graphq.loading import load_data, load_model
-from graphq.report.tables import latency_table, verification_line
+from graphq.report.tables import latency_table
 
 console = Console()
 
@@ -63,7 +63,7 @@ def verify_command(
     if as_json:
         emit(result.to_dict())
     else:
-        console.print(verification_line(result))
+        console.print(str(result))
     if not result.agrees:
         raise typer.Exit(1)
 

@@ -4,37 +4,46 @@
 
 mean, deviation: of each channel of W1·x + b1 over the calibration data. The tensor between gets a smaller range and
 finer steps. The function stays where that channel does not fall below c: for normal distributions all but one value in
-a thousand; what falls below is off by less than c. Where W2 is padded its zeros would have to be c, and nothing moves.
+a thousand; what falls below is off by at most c. Where W2 is padded its zeros would have to be c, and nothing moves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.algorithms.layers import Layer
+from graphq.algorithms.samples import TokenMask, mask_watchers
+from graphq.errors import CalibrationError
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter
 
 DEVIATIONS = 3
+FEWEST = 64  # values of a channel: fewer know no deviation
 
 
 class ChannelMoments(nn.Module):
-    """Count, sum and sum of squares of every channel of the tensors it is called with. axis: of the channels."""
+    """Count, sum and sum of squares of every channel of the tensors it is called with. axis: of the channels. Tokens
+    that a mask leaves out do not count."""
 
-    def __init__(self, axis: int) -> None:
+    def __init__(self, axis: int, masks: Sequence[TokenMask] = ()) -> None:
         super().__init__()
-        self.axis, self.count = axis, 0
+        self.axis, self.masks, self.count = axis, list(masks), 0
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
     def forward(self, x: Tensor) -> None:
-        rows = x.detach().movedim(self.axis, -1).flatten(0, -2).double()
+        x = x.detach().movedim(self.axis, -1)
+        for mask in self.masks:
+            if mask.value is not None and x.shape[:-1] == mask.value.shape:
+                x = x[mask.value]
+        rows = x.reshape(-1, x.shape[-1]).double()
         self.count += len(rows)
         self.total, self.squares = self.total + rows.sum(0), self.squares + rows.square().sum(0)
 
-    @property
     def lowest(self) -> Tensor:
         """mean - 3·deviation, or zero if that is less [channels]."""
         mean = torch.as_tensor(self.total / self.count)
@@ -42,23 +51,38 @@ class ChannelMoments(nn.Module):
         return (mean - DEVIATIONS * spread).clamp(min=0).float()
 
 
-def shifts(gm: fx.GraphModule, run: Run, pairs: list[tuple[Layer, Layer]]) -> dict[str, Tensor]:
+def shifts(run: Run, pairs: Sequence[list[tuple[Layer, Layer]]]) -> dict[str, Tensor]:
     """c [channels] of every pair that can absorb something, by the name of the first layer's node. In one run over the
-    data."""
-    moments = {
-        first.node: ChannelMoments(1 - len(first.shape_of_weight)) for first, second in pairs if _absorbs(first, second)
-    }
-    if moments:
-        run(list(moments.items()))
-    found = {node.name: seen.lowest for node, seen in moments.items()}
-    return {name: c for name, c in found.items() if bool(c.any())}
+    data. pairs: the same ones in each graph. Raises CalibrationError for data that say nothing of a channel."""
+    can = {a.node.name for a, b in pairs[0]}.intersection(
+        *({a.node.name for a, b in every if _absorbs(a, b)} for every in pairs)
+    )
+    layers = [first for first, _ in pairs[0] if first.node.name in can]
+    if not layers:
+        return {}
+    masks = mask_watchers(layers[0].view.gm)
+    seen = [ChannelMoments(1 - len(layer.shape_of_weight), [mask for _, mask in masks]) for layer in layers]
+    run([*masks, *zip((layer.node for layer in layers), seen, strict=True)])
+    found = {}
+    for layer, moments in zip(layers, seen, strict=True):
+        if moments.count < FEWEST:
+            raise CalibrationError(
+                f"{moments.count} values of each channel are too few to say what it does not fall below",
+                where=layer.view.where(),
+                remedy="Give more calibration data, or absorb: false.",
+            )
+        lowest = moments.lowest()
+        if not lowest.isfinite().all():
+            raise CalibrationError("what this layer computes is not finite", where=layer.view.where(),
+                                   remedy="Look for inputs or weights that are infinite or NaN.")  # fmt: skip
+        if lowest.any():
+            found[layer.node.name] = lowest
+    return found
 
 
 def _absorbs(first: Layer, second: Layer) -> bool:
-    """Have both a bias of their own, and is there a relu between them, and nothing that would see the shift?"""
+    """Have both a bias, and is there a relu between them, and nothing that would see the shift?"""
     if any(parameter(layer.view.gm, layer.view.arg("bias")) is None for layer in (first, second)):
-        return False
-    if len(second.view.arg("bias").users) > 1:
         return False
     if second.view.family == "conv" and any(second.view.arg("padding")):
         return False

@@ -92,11 +92,12 @@ class _Walk:
 
     @torch.no_grad()
     def choose(self, block: Block) -> None:
+        begun = time.perf_counter()
+        for stream in (self.rounded, self.exact):
+            stream.until(block.start)  # also where nothing is left to learn: one block's weights at a time
         if self.store is not None and all_stored(block.layers, self.store):
             self.results += [settle_stored(layer, NAME, self.store) for layer in block.layers]
             return
-        begun = time.perf_counter()
-        self.rounded.until(block.start)
         wanted = self._wanted(block)
         moments = self._moments(block)
         learned = [self._rounding(layer, *moments[layer.node]) for layer in block.layers]
@@ -117,7 +118,6 @@ class _Walk:
     def _wanted(self, block: Block) -> Wanted:
         """The results of the float model, by the number of a batch: kept, or computed again where they are far larger
         than what the block reads (logits)."""
-        self.exact.until(block.start)
         values = self.exact.trial(0, block.stop, keep=[block.start, *block.results])
         if sum(values[n].numel() for n in block.results) > LARGE * max(values[block.start].numel(), 1):
             return lambda number: [self.exact.trial(number, block.stop, keep=block.results)[n] for n in block.results]

@@ -48,14 +48,16 @@ def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50
             where=NAME,
             remedy="Leave it out: relu6, norms and sums between layers keep no scale of channels.",
         )
+    absorbed = shifts(run, [[(known[a], known[b]) for a, b in pairs] for known in layers]) if absorb else {}
+    for known in layers:  # first: a bias holds the scale of its channel back
+        for first, second in pairs:
+            if first in absorbed:
+                _absorb(known[first], known[second], absorbed[first])
     scales = _scales(layers[0], pairs, sweeps)
-    absorbed = shifts(graphs[0], run, [(layers[0][a], layers[0][b]) for a, b in pairs]) if absorb else {}
     for gm, known in zip(graphs, layers, strict=True):
         for first, second in pairs:
             _divide_rows(known[first], scales[first, second])
             _multiply_columns(known[second], scales[first, second])
-            if first in absorbed:
-                _absorb(known[first], known[second], absorbed[first] / scales[first, second])
         finish(gm)
 
 

@@ -130,6 +130,7 @@ def inverse_factor(hessian: Tensor, places: Tensor, damping: float) -> Tensor:
         if not failed.any():
             lower = lower.float()
             return _inverse(lower).flip(1, 2)
+        del lower  # before the next is made
         share = torch.where(failed[:, None] != 0, share.clamp(min=1e-4) * 10, share)
     raise CalibrationError(
         "the inputs of this layer span too few directions", remedy="Give more calibration data, or more damping."

@@ -50,13 +50,13 @@ class WeightResult:
 
     def words(self) -> str:
         """For a decision's reason."""
+        back = "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
         if self.relative_output_squared_error is None or self.nearest is None:
-            return f"{self.algorithm}: its products are zero on all data"
+            return f"{self.algorithm}: its products are zero on all data{back}"
         lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"
         without = ", ".join(map(str, self.unseen))
         note = f"; experts {without} saw no token and are rounded to the nearest" if without else ""
-        note += "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
-        return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}{note}"
+        return f"{self.algorithm}: {lost}, to the nearest {self.nearest:.2%}{note}{back}"
 
 
 def weight_results(graph: fx.GraphModule) -> list[WeightResult]:

@@ -155,15 +155,15 @@ def _expect_readable(graphs: Sequence[fx.GraphModule]) -> None:
 def store_for(graphs: Sequence[fx.GraphModule], data: Any, folder: str | Path) -> WeightStore:
     """The folder for what these algorithms choose for this model on these data.
 
-    Raises ConfigError for algorithms that do not choose one weight after the other, StateError for several targets or a
-    folder of another run.
+    Raises ConfigError for algorithms that choose no weights layer by layer or block by block, StateError for several
+    targets or a folder of another run.
     """
     config = graphs[0].meta["graphq_config"]
     names = [a.name for a in config.algorithms]
     choosing = {AUTOROUND, *FUNCTIONS}
     if not set(names) & choosing or not set(names) <= choosing | set(SEARCHED):
         raise ConfigError(
-            "a store is for weights that are chosen one after the other",
+            "a store is for weights that are chosen layer by layer, or block by block",
             where=" and ".join(names) or "no algorithm",
             remedy=f"algorithms: one of {', '.join(sorted(choosing))}, after {' or '.join(SEARCHED)} if you like.",
         )
@@ -208,7 +208,7 @@ class _Run:
         self.on_disk, self.streams, self.step = frontier == "disk", 0, 0
 
     def __call__(self, watchers: Sequence[tuple[fx.Node, nn.Module]]) -> None:
-        if any(on_disk(t) for t in self.first.parameters()):
+        if any(on_disk(t) for t in (*self.first.parameters(), *self.first.buffers())):
             raise StateError("this algorithm looks at the whole model while it runs, and its weights are on disk",
                              where="algorithms", remedy="Load the model into memory.")  # fmt: skip
         with watching(self.first, watchers):

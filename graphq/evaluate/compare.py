@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError
-from graphq.evaluate.verify import flat_outputs
+from graphq.evaluate.verify import db, flat_outputs
 from graphq.graph.capture import capture, example_of, flat_inputs
 from graphq.graph.decision import decision_of
 from graphq.graph.devices import device_of
@@ -31,7 +31,7 @@ class OpError:
     sqnr: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """How far two models' outputs are apart: SQNR (dB) of the worst float output; mean cosine and top-1 agreement of
     the first that has features (images [n, classes, h, w] have them along axis 1, everything else along the last).
@@ -41,6 +41,10 @@ class Comparison:
     cosine: float
     agreement: float
     ops: list[OpError] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        head = f"output: SQNR {db(self.sqnr)}, cosine {self.cosine:.5f}, agreement {self.agreement:.3f}"
+        return "\n".join([head, *(f"{o.layer or '(model)'} ({o.op}): {db(o.sqnr)}" for o in self.ops)])
 
     def to_dict(self) -> dict[str, Any]:
         return {"sqnr_db": self.sqnr, "cosine": self.cosine, "agreement": self.agreement,

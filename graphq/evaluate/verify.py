@@ -79,9 +79,15 @@ class ProductCheck:
         return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
 
 
-@dataclass
+def db(value: float) -> str:
+    """Decibels as text."""
+    return "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
+
+
+@dataclass(repr=False)
 class Verification:
-    """The result of `verify`. first_diverging: the first tensor, in order, that is off by more than 1 LSB."""
+    """The result of `verify`; printed it is one line. first_diverging: the first tensor, in order, that is off by more
+    than 1 LSB."""
 
     tensors: list[TensorCheck] = field(default_factory=list)
     products: list[ProductCheck] = field(default_factory=list)
@@ -110,6 +116,28 @@ class Verification:
         """Does the runtime compute what was simulated: kernels within 1 LSB, alone and in a row, and float ops?"""
         figures = (self.kernels_sqnr, self.floats_sqnr, *(p.sqnr for p in self.products))
         return self.first_diverging is None and all(f >= AGREES for f in figures)
+
+    def __repr__(self) -> str:
+        first = self.first_diverging
+        head = "verified" if self.agrees else "DIVERGES"
+        if first is not None:
+            head += f" first at {first.name} ({first.kernel}, {first.largest} LSB: {first.cause})"
+        parts = []
+        if self.tensors or not (self.products or self.executed_sqnr is not None):
+            parts.append(
+                f"{self.share_equal:.4%} of the codes of {len(self.tensors)} quantized tensors equal, the rest off by "
+                f"at most {self.largest} LSB"
+            )
+        if self.products:
+            worst = min(p.sqnr for p in self.products)
+            parts.append(f"{len(self.products)} products with packed weights equal to {db(worst)}")
+        if self.executed_sqnr is not None:
+            parts.append(f"the runtime gives what was simulated to {db(self.executed_sqnr)}")
+        return (
+            f"{head}: {'; '.join(parts)}; float ops on the runtime's codes {db(self.floats_sqnr)}; end to end: kernels "
+            f"alone {db(self.kernels_sqnr)}, with float ops in torch {db(self.output_sqnr)} (the runtime against "
+            f"itself without its optimizer {db(self.floor_sqnr)})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         first = self.first_diverging

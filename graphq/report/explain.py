@@ -58,11 +58,19 @@ class Row:
         return not self.found.startswith(INTEGER_PREFIXES)
 
 
-@dataclass
+@dataclass(repr=False)
 class Explanation:
-    """The rows of a graph, in order."""
+    """The rows of a graph, in order. Printed it is a line per op, but for computations of shapes."""
 
     rows: list[Row]
+
+    def __repr__(self) -> str:
+        lines = (
+            f"{r.layer or '(model)'} ({r.op}): {r.action}, {r.found or r.predicted}: {r.reason} [{r.rule}]"
+            for r in self.rows
+            if r.action != "skip"
+        )
+        return "\n".join(lines)
 
     def __getitem__(self, layer: str) -> list[Row]:
         """The rows of a module path and of everything inside it."""

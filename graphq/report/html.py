@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import fx
 
 from graphq.evaluate.compare import Comparison
-from graphq.evaluate.verify import Verification
+from graphq.evaluate.verify import Verification, db
 from graphq.report.explain import Explanation
-from graphq.report.tables import db, verification_line
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #1c1e21 }
@@ -38,7 +37,7 @@ def report(
                    ("agreement", f"{comparison.agreement:.3f}"))  # fmt: skip
         parts.append('<div class="figures">' + "".join(f"<div>{k}<b>{v}</b></div>" for k, v in figures) + "</div>")
     if verification is not None:
-        parts.append(f"<p>{html.escape(verification_line(verification))}</p>")
+        parts.append(f"<p>{html.escape(str(verification))}</p>")
     kernels = "".join(f"<tr><td>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in explanation.kernels().items())
     parts.append(f"<h2>Kernels</h2><table>{kernels}</table>")
     parts.append(f"<h2>What was decided, and why</h2>{_rows(explanation)}")

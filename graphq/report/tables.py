@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from rich.table import Table
 
 from graphq.evaluate.compare import Comparison
 from graphq.evaluate.latency import Latency
-from graphq.evaluate.verify import Verification
+from graphq.evaluate.verify import db
 from graphq.report.explain import Explanation
-
-
-def db(value: float) -> str:
-    """Decibels as text."""
-    return "exact" if math.isinf(value) and value > 0 else f"{value:.1f} dB"
 
 
 def explanation_table(explanation: Explanation, *, every: bool = False) -> Table:
@@ -58,27 +52,3 @@ def latency_table(latencies: Sequence[Latency]) -> Table:
     for m in latencies:
         table.add_row(m.name, f"{m.median_ms:.2f} ms", f"{m.min_ms:.2f} ms", f"{m.speedup:.2f}×")
     return table
-
-
-def verification_line(v: Verification) -> str:
-    """One line that says whether what was simulated is what runs."""
-    first = v.first_diverging
-    head = "verified" if v.agrees else "DIVERGES"
-    if first is not None:
-        head += f" first at {first.name} ({first.kernel}, {first.largest} LSB: {first.cause})"
-    parts = []
-    if v.tensors or not (v.products or v.executed_sqnr is not None):
-        parts.append(
-            f"{v.share_equal:.4%} of the codes of {len(v.tensors)} quantized tensors equal, the rest off by at most "
-            f"{v.largest} LSB"
-        )
-    if v.products:
-        worst = min(p.sqnr for p in v.products)
-        parts.append(f"{len(v.products)} products with packed weights equal to {db(worst)}")
-    if v.executed_sqnr is not None:
-        parts.append(f"the runtime gives what was simulated to {db(v.executed_sqnr)}")
-    return (
-        f"{head}: {'; '.join(parts)}; float ops on the runtime's codes {db(v.floats_sqnr)}; end to end: kernels alone "
-        f"{db(v.kernels_sqnr)}, with float ops in torch {db(v.output_sqnr)} (the runtime against itself without its "
-        f"optimizer {db(v.floor_sqnr)})"
-    )

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from test_equalization import batches, float_of, prepared
+from test_equalization import TENSOR, batches, float_of, prepared
 from torch import nn
 
 import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms.absorption import ChannelMoments
+from graphq.errors import CalibrationError
 from graphq.graph.decision import decision_of
 from graphq.graph.view import parameter
 from graphq.numerics.affine import sqnr
@@ -47,21 +49,95 @@ def test_moments_are_those_of_numpy():
         seen(batch)
     every = torch.cat(x).double().numpy()
     wanted = np.maximum(0, every.mean((0, 2, 3)) - 3 * every.std((0, 2, 3)))
-    assert wanted.min() > 0 and np.allclose(seen.lowest.numpy(), wanted, rtol=1e-6)
+    assert wanted.min() > 0 and np.allclose(seen.lowest().numpy(), wanted, rtol=1e-6)
 
 
 @torch.no_grad()
 def test_biases_move_by_the_formula_and_the_function_stays():
     model, x = high(), batches()[0]
-    plain, graph = (calibrated(model, algorithms) for algorithms in (("equalization",), ABSORB))
-    (first, second), (moved, taken) = biases(plain), biases(graph)
+    graph = calibrated(model, ABSORB)
+    first, second = model[0].bias.detach(), model[2].bias.detach()
+    scale = reads(graph, 1)[0].flatten(1).norm(dim=1) / model[0].weight.detach().flatten(1).norm(dim=1)  # of channels
+    moved, taken = biases(graph)[0] / scale, biases(graph)[1]
     shift = first - moved
-    assert (shift[:2] > 0.8 * first[:2]).all() and not shift[2:].any()
-    weight = reads(graph, 1)[1]
-    wanted = second.double().numpy() + np.einsum("oihw,i->o", weight.double().numpy(), shift.double().numpy())
-    assert np.allclose(taken.numpy(), wanted, rtol=1e-5)
+    assert (shift[:2] > 0.8 * first[:2]).all() and shift[2:].abs().max() < 1e-6
+    weight = model[2].weight.detach().double().numpy()
+    wanted = second.double().numpy() + np.einsum("oihw,i->o", weight, shift.double().numpy())
+    assert np.allclose(taken.numpy(), wanted, rtol=1e-4)
     assert sqnr(model(x), float_of(graph, x)) > 50  # but for the values that do fall below
     assert "2 channels less by what they hardly fall below" in str(graphq.explain(graph))
+
+
+class Chain(nn.Module):
+    """Convolution, depthwise and pointwise without padding, then two linears: all but the last can give away."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 6, 1)
+        )
+        self.head = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
+        for layer in (self.features[0], self.features[2], self.head[0]):
+            layer.bias.data[:3] = torch.tensor([30.0, 20.0, 10.0])
+
+    def forward(self, x):
+        return self.head(self.features(x).flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_chains_depthwise_layers_and_linears_take_in_and_give_away():
+    torch.manual_seed(0)
+    model, x = Chain().eval(), batches()[0]
+    graph = calibrated(model, ABSORB)
+    assert str(graphq.explain(graph)).count("channels less by what they hardly fall below") == 3
+    assert sqnr(model(x), float_of(graph, x)) > 50
+
+
+@torch.no_grad()
+def test_graphs_of_two_targets_are_shifted_alike_and_run_in_onnx_runtime(tmp_path):
+    graphs = prepared(high(), ABSORB, target=["onnxruntime", "openvino"])
+    calibrated = graphq.calibrate(graphs, batches(), progress=False)
+    for a, b in zip(biases(calibrated["onnxruntime"]), biases(calibrated["openvino"]), strict=True):
+        assert torch.equal(a, b)
+    graph = graphq.convert(calibrated["onnxruntime"])
+    assert graphq.verify(graph, graphq.export(graph, tmp_path / "net.onnx"), batches()[:1]).agrees
+
+
+class Tokens(nn.Module):
+    """Padding computes 5, what counts about 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.first.weight.data[:] = torch.randn(8, 4) * 0.01
+        self.first.weight.data[:, 0], self.first.bias.data[:] = 4.0, 1.0
+
+    def forward(self, x, attention_mask):
+        return self.second(torch.relu(self.first(x))) * attention_mask[..., None]
+
+
+@torch.no_grad()
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    mask = (torch.arange(32) < 2).long().expand(40, 32)
+    x = torch.randn(40, 32, 4)
+    x[..., 0] = 1 - mask
+    inputs, model = {"x": x, "attention_mask": mask}, Tokens().eval()
+    rule = Rule(select="linear", scheme=Scheme(weight=TENSOR, input=QuantSpec(format="uint8", symmetric=False)))
+    graph = graphq.prepare(model, QuantConfig(rules=(rule,), algorithms=ABSORB), inputs, target="simulation")
+    graph = graphq.calibrate(graph, [inputs], progress=False)
+    assert biases(graph)[0].abs().max() < 0.2 and sqnr(model(x, mask), float_of(graph, (x, mask))) > 40
+
+
+def test_data_that_say_nothing_of_a_channel_are_refused_before_anything_is_changed():
+    graph = prepared(nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3)), ABSORB)
+    before = biases(graph)
+    with pytest.raises(CalibrationError, match="36 values of each channel"):
+        graphq.calibrate(graph, [torch.randn(1, 3, 12, 12)], progress=False)
+    with pytest.raises(CalibrationError, match="not finite"):
+        graphq.calibrate(graph, [torch.full((4, 3, 12, 12), torch.nan)], progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, biases(graph), strict=True))
+    graphq.calibrate(graph, batches(), progress=False)
 
 
 @torch.no_grad()

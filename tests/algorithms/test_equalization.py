@@ -52,7 +52,7 @@ def float_of(graph, x):
     for _, module in graph.named_modules():
         if hasattr(module, "state"):
             module.state = "off"
-    return graph(x)
+    return graph(*x) if isinstance(x, tuple) else graph(x)
 
 
 @torch.no_grad()

@@ -93,6 +93,23 @@ def test_moments_that_are_no_numbers_are_refused():
         inverse_factor(torch.full((1, 4, 4), torch.nan), torch.arange(4)[None], 0.01)
 
 
+def test_damping_grows_for_the_group_that_needs_it_alone():
+    torch.manual_seed(0)
+    good = hessian_of(correlated())
+    values, vectors = torch.linalg.eigh(good.double())
+    values[0] = -0.02 * values.mean()  # more than the first damping makes good, less than the second
+    bad = ((vectors * values) @ vectors.T).float()
+    places = torch.arange(32).expand(2, 32)
+    for factor, hessian, damping in zip(
+        inverse_factor(torch.stack([good, bad]), places, 0.01), (good, bad), (0.01, 0.1), strict=True
+    ):
+        exact = hessian.double().numpy()
+        damped = exact + damping * np.mean(np.diag(exact)) * np.eye(32)
+        found = factor.double().numpy()
+        assert np.allclose(np.tril(found, -1), 0)
+        assert np.allclose(found.T @ found @ damped, np.eye(32), atol=1e-3)
+
+
 def test_qep_moves_the_weight_by_what_its_inputs_have_lost():
     weight, exact = torch.randn(6, 8), torch.randn(50, 8)
     rounded = exact + 0.1 * torch.randn(50, 8)

@@ -7,6 +7,7 @@ graphq.export(quantized, "model.onnx")                  # ONNX QDQ
 graphq.verify(quantized, "model.onnx", batches)         # is what was simulated what runs?
 """
 
+import graphq.export  # noqa: F401  (first: loaded later it would take the place of the function of that name)
 from graphq.algorithms.results import weight_results
 from graphq.algorithms.store import apply_stored, stored_weights
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize

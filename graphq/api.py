@@ -15,8 +15,6 @@ from graphq.calibration.batches import NO_DATA, batches_of
 from graphq.calibration.calibrate import calibrate_graphs
 from graphq.config import QuantConfig
 from graphq.errors import CalibrationError, StateError, TargetError
-from graphq.export.onnx import export_onnx, metadata_of, name_nodes
-from graphq.export.program import export_program
 from graphq.graph.capture import capture as capture_graph
 from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
@@ -250,6 +248,9 @@ def export(graph: fx.GraphModule | Graphs, path: str | Path) -> Path | dict[str,
     A captured graph is written too, as the float model to compare with. The graphs of several targets become
     model.onnxruntime.onnx, model.tensorrt.onnx, … for the path model.onnx.
     """
+    from graphq.export.onnx import export_onnx, metadata_of, name_nodes  # onnxscript takes 60 MB and half a second:
+    from graphq.export.program import export_program  # they are for those who export
+
     if isinstance(graph, dict):
         suffixes = {name: f".{name}{gm.meta['graphq_target'].suffix}" for name, gm in graph.items()}
         return {name: export(gm, Path(path).with_suffix(suffixes[name])) for name, gm in graph.items()}

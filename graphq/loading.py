@@ -83,7 +83,8 @@ def _from_transformers(folder: Path) -> torch.nn.Module:
     import transformers
 
     names = json.loads(config.read_text()).get("architectures") or ["AutoModel"]
-    model: torch.nn.Module = getattr(transformers, names[0], transformers.AutoModel).from_pretrained(folder).eval()
+    cls = getattr(transformers, names[0], transformers.AutoModel)
+    model: torch.nn.Module = cls.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
 

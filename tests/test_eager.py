@@ -27,7 +27,7 @@ def calibrated(model, *algorithms):
     return graphq.calibrate(graphq.prepare(model, config, (data()[0],)), data(), progress=False)
 
 
-@pytest.mark.parametrize("algorithms", [(), ("gptq",)])
+@pytest.mark.parametrize("algorithms", [(), ("gptq",), ("fpi_gptq",)])
 def test_the_model_computes_what_the_graph_does(algorithms):
     model = nn.Sequential(Block(), Block()).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -58,13 +58,17 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples, steps: int, du
     calls = [quantizer_calls(decision_of(n))[1] for n in group.linears]  # type: ignore[arg-type]
     quantizers = [quantizer_at(gm, c) for c in calls if c is not None]
     importance = _importance(own, [q.block for q in quantizers])
+    alive = seen.mean > 0  # a channel that is zero in all data keeps its weights as they are
+    if not alive.any():
+        return None
     best, chosen = _loss(own, quantizers, rows, torch.ones_like(rows[0])), None
     for step in range(1, steps + 1):
         share = step / steps
         base = seen.mean.clamp(min=SMALLEST).pow(share)
         forms = [base, base / importance.pow(1 - share).clamp(min=SMALLEST)] if duo else [base]
         for form in forms:
-            scale = form / (form.max() * form.min()).sqrt()
+            some = form[alive]
+            scale = torch.where(alive, form / (some.max() * some.min()).sqrt(), torch.ones_like(form))
             loss = _loss(own, quantizers, rows, scale)
             if loss < best:
                 best, chosen = loss, scale

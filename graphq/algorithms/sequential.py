@@ -7,6 +7,8 @@ rounded weight.
 qep (Arai and Ichikawa, 2025): before a layer is rounded its weight takes on what its inputs have lost,
 
     W ← W + qep · W·(X - X̂)·X̂ᵀ·(X̂·X̂ᵀ + λI)⁻¹,   X: inputs of the float model, X̂: those of the rounded one
+
+propagate_error: false rounds every layer on the inputs that the float model gives it.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
+from graphq.config.selectors import matches
 from graphq.config.spec import QuantSpec
-from graphq.errors import CalibrationError, ConfigError, GraphqError
+from graphq.errors import CalibrationError, ConfigError, GraphqError, did_you_mean
 from graphq.graph.expert_ops import bounds
 from graphq.graph.garbage import give_back
 from graphq.graph.passes import finish
@@ -63,11 +66,11 @@ def weight_algorithm(
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Register a function (weight [out, in], hessian [in, in], grid, *, …) → weight on the grid.
 
-    Its keyword arguments are arguments of the algorithm, together with `qep` and `qep_damping`. A layer of several
-    groups (of channels, of experts) is several such weights; together: the function gets them all at once, weight
-    [groups, out, in], hessian [groups, in, in]. by_row: each row of a weight is chosen as if it were alone, so that
-    layers of one tensor may come as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in]
-    or None, and no `qep`.
+    Its keyword arguments are arguments of the algorithm, together with `qep`, `qep_damping`, `qep_exclude` (selectors
+    of layers that are rounded as they are) and `propagate_error`. A layer of several groups (of channels, of experts)
+    is several such weights; together: the function gets them all at once, weight [groups, out, in], hessian
+    [groups, in, in]. by_row: each row of a weight is chosen as if it were alone, so that layers of one tensor may come
+    as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in] or None, and no `qep`.
     """
 
     def register(function: WeightFunction) -> WeightFunction:
@@ -76,15 +79,25 @@ def weight_algorithm(
         setattr(function, ASYMMETRIC, asymmetric)
 
         def algorithm(
-            graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01, **args: Any
-        ) -> None:
+            graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01,
+            qep_exclude: Sequence[str] = (), propagate_error: bool = True, **args: Any,
+        ) -> None:  # fmt: skip
             if not 0 <= qep <= 1 or qep_damping <= 0:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
+            if not propagate_error and (qep or asymmetric):
+                raise ConfigError(
+                    "without propagate_error inputs have lost nothing that could be made good",
+                    where=name,
+                    remedy="Leave propagate_error out, or take gptq without qep.",
+                )
+            if qep_exclude and not qep:
+                raise ConfigError("qep_exclude is for qep", where=name, remedy="Say qep: 0.5, or leave it out.")
             choose = functools.partial(function, **args)
             one = torch.eye(4)
             trial = (one[None], one[None]) if together else (one, one)
             choose(*trial, Grid(TRIAL, (1, -1), one))  # refuses wrong arguments before anything is changed
-            walks = [_Walk(gm, run, name, choose, qep, qep_damping) for gm in graphs]
+            correct = _Correct(qep, qep_damping, tuple(qep_exclude))
+            walks = [_Walk(gm, run, name, choose, correct, propagate_error) for gm in graphs]
             try:
                 for walk in walks:
                     walk.go()
@@ -108,22 +121,39 @@ def weight_algorithm(
     return register
 
 
+@dataclass(frozen=True)
+class _Correct:
+    """What qep is asked to do. exclude: selectors of layers that it leaves alone."""
+
+    share: float
+    damping: float
+    exclude: tuple[str, ...]
+
+    def wants(self, layer: Layer) -> bool:
+        return self.share > 0 and not any(matches(selector, layer.view) for selector in self.exclude)
+
+
 class _Walk:
     """One graph, layer by layer."""
 
     def __init__(
-        self, gm: fx.GraphModule, run: Run, name: str, choose: WeightFunction, qep: float, qep_damping: float
+        self, gm: fx.GraphModule, run: Run, name: str, choose: WeightFunction, correct: _Correct, propagate: bool
     ) -> None:
-        self.gm, self.name, self.choose, self.qep, self.qep_damping = gm, name, choose, qep, qep_damping
+        self.gm, self.name, self.choose, self.correct = gm, name, choose, correct
         self.groups, self.others = by_input(gm)
         if not self.groups:
             reasons = "; ".join(sorted(set(self.others.values()))) or "no weight is quantized"
             raise ConfigError(
                 f"there is no weight to choose: {reasons}", where=name, remedy="Let a rule quantize some."
             )
+        every = [layer for layers in self.groups.values() for layer in layers]
+        for selector in correct.exclude:
+            if not any(matches(selector, layer.view) for layer in every):
+                raise ConfigError(f"qep_exclude: {selector!r} selects no layer whose weight is chosen", where=name,
+                                  remedy=did_you_mean(selector, {layer.view.path for layer in every}))  # fmt: skip
         self.shared = shared_magnitudes(gm)
-        self.rounded = run.stream(gm)
-        self.exact = run.stream(gm, original=True) if qep or _wants(choose, ASYMMETRIC) else None
+        self.rounded = run.stream(gm, original=not propagate)
+        self.exact = run.stream(gm, original=True) if correct.share or _wants(choose, ASYMMETRIC) else None
         self.progress, self.store = run.progress, run.store
         self.results: list[WeightResult] = []
 
@@ -151,7 +181,8 @@ class _Walk:
         finish(self.gm)
 
     def _choose(self, alike: list[Layer], inputs: list[Tensor], wanted: list[Tensor] | None) -> None:
-        stacks = stacks_of(alike) if _wants(self.choose, BY_ROW) else [[layer] for layer in alike]
+        parts = ([layer for layer in alike if self.correct.wants(layer) is corrected] for corrected in (True, False))
+        stacks = [s for p in parts for s in (stacks_of(p) if _wants(self.choose, BY_ROW) else [[layer] for layer in p])]
         moments: Moments | None = None
         for layers in stacks:
             if self.store is not None and all_stored(layers, self.store):
@@ -162,8 +193,11 @@ class _Walk:
 
     def _quantize(self, layers: list[Layer], moments: Moments) -> None:
         weight, parts = _joined([layer.matrix() for layer in layers]), []
+        share, damping = self.correct.share, self.correct.damping
         for w, h, c in zip(weight.chunk(len(moments.hessian)), moments.hessian, moments.cross, strict=True):
-            parts.append(w + self.qep * _correction(w, h, c, self.qep_damping) if self.qep and c is not None else w)
+            if c is not None and self.correct.wants(layers[0]):
+                w = w + share * _correction(w, h, c, damping)
+            parts.append(w)
         shared = self.shared.get(layers[0].quantizer)
         found = round_weights(layers, _joined(parts), moments, self.name, self.choose, shared)
         for layer, (chosen, grid, result) in zip(layers, found, strict=True):

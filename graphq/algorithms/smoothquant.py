@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.grid import Grid
 from graphq.algorithms.samples import RowSamples
 from graphq.algorithms.scaling import Group, groups, search_scales, weights
 from graphq.algorithms.scaling_layers import Entries, listed
@@ -54,7 +55,8 @@ def smoothquant(
     if scaling_layers is not None:
         every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
     if not set.intersection(*map(set, every)):
-        return
+        raise ConfigError("no linear has a quantized weight and input", where="smoothquant",
+                          remedy="Leave it out, or quantize inputs; awq is for weights alone.")  # fmt: skip
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]
@@ -62,7 +64,7 @@ def smoothquant(
             return None if how is None else _searched(graphs[0], group, seen)
         if how == "log":
             largest = seen.largest.clamp(min=SMALLEST)
-            return _even(largest / (2 + largest).log2())
+            return _even(largest / (2 + largest).log2(), seen.largest)
         return _scale(seen.largest, _weights_largest(graphs[0], group), float(how))
 
     # of all tokens, also those of padding: the scale of the tensor is for them too
@@ -102,12 +104,14 @@ def _weights_largest(gm: fx.GraphModule, group: Group) -> Tensor:
 
 
 def _scale(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    return _even(activations.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(1 - alpha))
+    return _even(activations.clamp(min=SMALLEST).pow(alpha) / weights.clamp(min=SMALLEST).pow(1 - alpha), activations)
 
 
-def _even(scale: Tensor) -> Tensor:
-    """[in], with geometric mean one."""
-    return (scale / scale.log().mean().exp()).clamp(min=SMALLEST)
+def _even(scale: Tensor, activations: Tensor) -> Tensor:
+    """[in], with geometric mean one. A channel that is zero in all data keeps one: who knows what it will be."""
+    alive = activations > 0
+    mean = scale[alive].log().mean().exp() if alive.any() else scale.new_ones(())
+    return torch.where(alive, (scale / mean).clamp(min=SMALLEST), torch.ones_like(scale))
 
 
 def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | None:
@@ -143,7 +147,7 @@ def _rounded_weight(weight: Tensor, spec: QuantSpec | None) -> Tensor:
     assert spec is not None
     block = spec.block_for(2)
     if spec.granularity not in ("tensor", "channel"):
-        return weight
+        return Grid(spec.model_copy(update={"observer": "minmax", "observer_args": {}}), block, weight).rounded(weight)
     largest = weight.abs().amax(1, keepdim=True) if block else weight.abs().max()
     scale, zero = spec.choose(-largest, largest)
     return fake_quantize(weight, scale, zero, block, spec.number_format, narrow_range=spec.narrow_range)

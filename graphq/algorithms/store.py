@@ -217,12 +217,12 @@ def _place_of(stored: str, shape: list[int], parameters: dict[str, nn.Parameter]
 
 def original_name(name: str, known: Mapping[str, Any]) -> tuple[str | None, bool]:
     """(the model's own name of a tensor, whether it is transposed there): what keeps its place appends words to it."""
-    turned = False
+    turned, words = False, sorted((*WORDS, *ALGORITHMS.names()), key=len, reverse=True)  # fpi_gptq before gptq
     while name not in known:
-        name, _, word = name.rpartition("_")
-        if word not in (*WORDS, *ALGORITHMS.names()):
+        word = next((w for w in words if name.endswith(f"_{w}")), None)
+        if word is None:
             return None, False
-        turned ^= word == TRANSPOSED
+        name, turned = name.removesuffix(f"_{word}"), turned ^ (word == TRANSPOSED)
     return name, turned
 
 

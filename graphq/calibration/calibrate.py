@@ -101,8 +101,8 @@ def _observe(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> 
 
 
 def _again(data: Any) -> Any:
-    """Data that can be gone through more than once."""
-    return list(data) if hasattr(data, "__next__") else data
+    """Data that can be gone through more than once, and are the same each time: a loader may shuffle them."""
+    return list(data) if isinstance(data, Iterable) else data
 
 
 def _expect_order(names: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from graphq.algorithms.base import check_arguments
 from graphq.algorithms.layers import by_input
 from graphq.algorithms.results import WeightResult
-from graphq.algorithms.sequential import FUNCTIONS, alike_in_rows, moments_of, round_weights
+from graphq.algorithms.sequential import ASYMMETRIC, FUNCTIONS, alike_in_rows, moments_of, round_weights
 from graphq.calibration.runner import progress_of
 from graphq.calibration.stream import Stream
 from graphq.config.config import Algorithm
@@ -55,6 +55,9 @@ def _function(algorithm: Algorithm) -> Any:
         raise ConfigError(
             f"{algorithm.name!r} does not choose one weight at a time", remedy=did_you_mean(algorithm.name, FUNCTIONS)
         )
+    if getattr(FUNCTIONS[algorithm.name], ASYMMETRIC):
+        raise ConfigError("it is about what the layers before have lost, which are float here", where=algorithm.name,
+                          remedy="Compare whole runs.")  # fmt: skip
     check_arguments(algorithm.name, algorithm.args)
     if {"qep", "qep_damping"} & set(algorithm.args):
         raise ConfigError("qep is about the layers before, which are float here", where=algorithm.name,

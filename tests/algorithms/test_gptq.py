@@ -171,6 +171,63 @@ def test_layers_see_the_inputs_that_rounded_layers_give_and_qep_helps():
     assert quality["nearest"] + 1.5 < quality["gptq"] < quality["qep"]
 
 
+class Shuffled:
+    """A loader: other batches come first every time."""
+
+    def __init__(self, data):
+        self.data, self.turn = data, 0
+
+    def __iter__(self):
+        self.turn += 1
+        return iter(self.data[self.turn :] + self.data[: self.turn])
+
+
+def weights_of(model, algorithm, data, **options):
+    graph = graphq.quantize(model, config(algorithm), data, progress=False, **options)
+    return {n: b for n, b in graph.named_buffers() if n.endswith("codes")}
+
+
+def test_a_loader_that_shuffles_gives_float_and_rounded_inputs_of_the_same_samples():
+    model, data, qep = Decoder(1).eval(), correlated(), {"name": "gptq", "args": {"qep": 1.0}}
+    once = weights_of(model, qep, data[1:] + data[:1])
+    assert len({len(x) for x in data}) == 1  # so that nothing but the samples themselves would tell
+    shuffled = graphq.prepare(model, config(qep), (data[0],))
+    graph = graphq.convert(graphq.calibrate(shuffled, Shuffled(data), progress=False))
+    found = {n: b for n, b in graph.named_buffers() if n.endswith("codes")}
+    assert found.keys() == once.keys() and all(torch.equal(found[n], once[n]) for n in once)
+
+
+def test_layers_that_qep_leaves_alone_are_rounded_as_they_are():
+    model, data = Decoder(1).eval(), correlated()
+    plain, qep = ({"name": "gptq", "args": a} for a in ({}, {"qep": 1.0}))
+    every = {"name": "gptq", "args": {"qep": 1.0, "qep_exclude": ["linear"]}}
+    last = {"name": "gptq", "args": {"qep": 1.0, "qep_exclude": ["*.down"]}}
+    none, all_, without, but = (weights_of(model, a, data) for a in (plain, qep, every, last))
+    assert all(torch.equal(none[n], without[n]) for n in none)
+    different = {n for n in none if not torch.equal(all_[n], but[n])}
+    assert len(different) == 1 and "down" in different.pop()
+
+
+def test_without_propagation_every_layer_sees_the_inputs_of_the_float_model():
+    model, data = Decoder(2).eval(), correlated()
+    graph = graphq.prepare(model, config({"name": "gptq", "args": {"propagate_error": False}}), (data[0],))
+    direct = graphq.compare_algorithms(graph, data, ["gptq"], progress=False)
+    found = graphq.weight_results(graphq.calibrate(graph, data, progress=False))
+    assert [r.layer for r in found] == [r.layer for r in direct] and len(found) == 14
+    for a, b in zip(found, direct, strict=True):
+        assert a.output_squared_error == pytest.approx(b.output_squared_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("arguments, match", [
+    ({"qep": 0.5, "propagate_error": False}, "inputs have lost nothing"),
+    ({"qep_exclude": ["*.down"]}, "qep_exclude is for qep"),
+    ({"qep": 0.5, "qep_exclude": ["*.dwon"]}, "selects no layer"),
+])  # fmt: skip
+def test_what_qep_cannot_do_is_refused(arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        weights_of(Decoder(1).eval(), {"name": "gptq", "args": arguments}, correlated())
+
+
 def test_round_to_nearest_as_an_algorithm_is_what_happens_without_one():
     model, data = Decoder(1).eval(), correlated()
     plain, named = (graphq.quantize(model, config(*a), data, progress=False) for a in ((), ("rtn",)))

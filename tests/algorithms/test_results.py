@@ -83,5 +83,7 @@ def test_what_is_compared_chooses_one_weight_at_a_time():
     prepared = graphq.prepare(Decoder(1).eval(), config(), (data[0],))
     with pytest.raises(ConfigError, match="awq"):
         compare_algorithms(prepared, data, ["awq"], progress=False)
+    with pytest.raises(ConfigError, match="layers before have lost"):
+        compare_algorithms(prepared, data, ["gptaq"], progress=False)
     with pytest.raises(ConfigError, match="qep"):
         compare_algorithms(prepared, data, [{"name": "gptq", "args": {"qep": 0.5}}], progress=False)

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms.samples import RowSamples
 from graphq.algorithms.scaling import SMOOTHED
-from graphq.algorithms.smoothquant import _scale
+from graphq.algorithms.smoothquant import _rounded_weight, _scale
 from graphq.config.config import Algorithm
 from graphq.config.presets import CONFIGS
 from graphq.errors import ConfigError
@@ -183,18 +184,15 @@ def test_a_calibration_that_failed_can_be_repeated(tmp_path):
     prepared = graphq.prepare(model, SMOOTH, (data()[0],))
     passes = []
 
-    class Broken:
-        def __len__(self):
-            return 4
-
-        def __iter__(self):
-            passes.append(1)
-            yield from data()[:2]
-            if len(passes) > 1:
-                raise OSError("disk")
+    def broken(model):
+        passes.append(1)
+        for x in data()[:2]:
+            model(x)
+        if len(passes) > 1:
+            raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        graphq.calibrate(prepared, Broken(), progress=False)
+        graphq.calibrate(prepared, broken, progress=False)
     graphq.calibrate(prepared, data(), progress=False)
     names = [name for name, _ in prepared.meta[SMOOTHED]]
     assert len(names) == len(set(names)) and not any("smoothed" in n for n in names)
@@ -233,3 +231,26 @@ def test_alpha_by_selectors_is_that_of_each_group_and_the_last_that_fits_counts(
 def test_alphas_that_cannot_be_meant_are_refused(alpha, match):
     with pytest.raises(ConfigError, match=match):
         smoothed_with(alpha)
+
+
+def test_a_channel_that_is_zero_in_all_data_keeps_its_scale():
+    activations, weights = torch.tensor([0.0, 4.0, 9.0]), torch.tensor([1.0, 2.0, 3.0])
+    scale = _scale(activations, weights, 0.5)
+    assert scale[0] == 1
+    torch.testing.assert_close(scale[1:], _scale(activations[1:], weights[1:], 0.5))
+
+
+def test_the_search_sees_what_weights_in_groups_lose():
+    spec = QuantSpec(format="int4", granularity="group", group_size=16)
+    weight = torch.randn(8, 32)
+    rounded = _rounded_weight(weight, spec)
+    scale = weight.reshape(8, 2, 16).abs().amax(-1, keepdim=True) / 7
+    torch.testing.assert_close(rounded, ((weight.reshape(8, 2, 16) / scale).round() * scale).reshape(8, 32))
+
+
+def test_a_model_without_quantized_inputs_has_nothing_to_smooth_and_the_error_says_so():
+    rules = (Rule(select="linear", scheme=Scheme(weight=QuantSpec(format="int8", granularity="channel"))),)
+    config = QuantConfig(rules=rules, algorithms=("smoothquant",))
+    prepared = graphq.prepare(nn.Sequential(nn.Linear(8, 8)), config, (torch.randn(2, 8),), target="simulation")
+    with pytest.raises(ConfigError, match="no linear has a quantized weight and input"):
+        graphq.calibrate(prepared, [torch.randn(2, 8)], progress=False)

@@ -1,7 +1,9 @@
-"""Latency of files side by side: interleaved, so that a drifting machine hits all of them alike."""
+"""Latency of files side by side: interleaved, so that a drifting machine hits all of them alike, and every round in
+another order, since what ran before has left the caches and the clock to the next."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -40,15 +42,17 @@ def measure(
     rounds: int = 15,
     runtime: str = "onnxruntime",
 ) -> list[Latency]:
-    """Time models on one feed, in turn, after two warm-up runs each. The first is the baseline: `speedup` is the
+    """Time models on one feed, in turns, after two warm-up runs each. The first is the baseline: `speedup` is the
     median over the rounds of its time divided by the other's in the same round."""
     runs = {name: _runner(path, runtime, feed) for name, path in models.items()}
     for run in runs.values():
         run()
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffled = list(runs.items()), random.Random(0)
     for _ in range(rounds):
-        for name, run in runs.items():
+        shuffled.shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)

@@ -41,19 +41,19 @@ held, data = ids[: HELD * WINDOW], ids[HELD * WINDOW :].split(WINDOW)[: options.
 batches = [window[None] for window in data if len(window) == WINDOW]
 
 shape = AutoConfig.from_pretrained(options.checkpoint, attn_implementation="sdpa")
-on_disk = graphq.from_disk(lambda: AutoModelForCausalLM.from_config(shape), options.checkpoint)
+on_disk = graphq.from_disk(lambda: AutoModelForCausalLM.from_config(shape, dtype=torch.float32), options.checkpoint)
 prepared = graphq.prepare(Logits(on_disk), "int4_gptq", (torch.cat(batches[:2]),), dynamic_shapes=(FREE,))
 calibrated = graphq.calibrate(prepared, batches, store=options.store)
 for result in sorted(graphq.weight_results(calibrated), key=lambda r: -(r.relative_output_squared_error or 0))[:5]:
     print(result.layer, result.words())
 
+print(f"perplexity, int4:  {perplexity(graphq.fold_weights(calibrated), held):.2f}")
 quantized = graphq.convert(calibrated)
 graphq.export(quantized, options.onnx)
 print(graphq.verify(quantized, options.onnx, batches[:1]))
 
 model = Logits(AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32))
 print(f"perplexity, float: {perplexity(model, held):.2f}")
-graphq.apply_stored(options.store, model)  # dequantized, so that everything of transformers works
-print(f"perplexity, int4:  {perplexity(model, held):.2f}")
+graphq.apply_stored(options.store, model)  # the linears, dequantized, so that everything of transformers works
 start = tokenizer("The capital of France is", return_tensors="pt").input_ids
 print(tokenizer.decode(model.model.generate(start, max_new_tokens=20, do_sample=False)[0]))

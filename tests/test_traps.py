@@ -292,9 +292,9 @@ def test_18_batches_of_other_sizes_run_and_shapes_are_not_quantized(tmp_path):
 
 
 def test_19_weights_beyond_a_protobuf_go_into_a_file_of_their_own(tmp_path, monkeypatch):
-    import sys
+    import importlib
 
-    monkeypatch.setattr(sys.modules["graphq.export.onnx"], "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(importlib.import_module("graphq.export.onnx"), "EXTERNAL_DATA_BYTES", 1000)
     model, data = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), [torch.randn(4, 64)]
     graph, path = quantized(model, data, tmp_path)
     assert (tmp_path / "model.onnx.data").exists() and path.stat().st_size < 20_000

@@ -84,6 +84,7 @@ class _Walk:
         self.shared = shared_magnitudes(gm)
         self.rounded, self.exact = run.stream(gm), run.stream(gm, original=True)
         self.blocks = cut_into_blocks(self.rounded, groups, most)
+        self.left = [b for b in self.blocks if self.store is None or not all_stored(b.layers, self.store)]
         recurrent = [n for n in gm.graph.nodes if family_of(n.target) == "lstm"]
         if recurrent:
             raise ConfigError("gradients do not pass through an LSTM", where=LayerView(gm, recurrent[0]).where(),
@@ -93,11 +94,12 @@ class _Walk:
     @torch.no_grad()
     def choose(self, block: Block) -> None:
         begun = time.perf_counter()
-        for stream in (self.rounded, self.exact):
-            stream.until(block.start)  # also where nothing is left to learn: one block's weights at a time
-        if self.store is not None and all_stored(block.layers, self.store):
+        for stream in (self.rounded, self.exact) if self.left else ():
+            stream.until(block.start)  # also where this block is learned already: one block's weights at a time
+        if self.store is not None and block not in self.left:
             self.results += [settle_stored(layer, NAME, self.store) for layer in block.layers]
             return
+        self.left.remove(block)
         wanted = self._wanted(block)
         moments = self._moments(block)
         learned = [self._rounding(layer, *moments[layer.node]) for layer in block.layers]

@@ -59,6 +59,7 @@ class Moments:
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
 BY_ROW = "graphq_by_row"  # … whose rows know nothing of each other
 ASYMMETRIC = "graphq_asymmetric"  # … that wants to know what the inputs have lost
+OF_THE_WALK = ("qep", "qep_damping", "qep_exclude", "propagate_error")  # arguments that are not the function's own
 
 
 def weight_algorithm(
@@ -70,7 +71,8 @@ def weight_algorithm(
     of layers that are rounded as they are) and `propagate_error`. A layer of several groups (of channels, of experts)
     is several such weights; together: the function gets them all at once, weight [groups, out, in], hessian
     [groups, in, in]. by_row: each row of a weight is chosen as if it were alone, so that layers of one tensor may come
-    as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in] or None, and no `qep`.
+    as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in] or None, in place of those of
+    qep and propagation.
     """
 
     def register(function: WeightFunction) -> WeightFunction:
@@ -80,15 +82,15 @@ def weight_algorithm(
 
         def algorithm(
             graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01,
-            qep_exclude: Sequence[str] = (), propagate_error: bool = True, **args: Any,
+            qep_exclude: str | Sequence[str] = (), propagate_error: bool = True, **args: Any,
         ) -> None:  # fmt: skip
             if not 0 <= qep <= 1 or qep_damping <= 0:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
-            if not propagate_error and (qep or asymmetric):
+            if not propagate_error and qep:
                 raise ConfigError(
                     "without propagate_error inputs have lost nothing that could be made good",
                     where=name,
-                    remedy="Leave propagate_error out, or take gptq without qep.",
+                    remedy="Leave one of them out.",
                 )
             if qep_exclude and not qep:
                 raise ConfigError("qep_exclude is for qep", where=name, remedy="Say qep: 0.5, or leave it out.")
@@ -96,7 +98,8 @@ def weight_algorithm(
             one = torch.eye(4)
             trial = (one[None], one[None]) if together else (one, one)
             choose(*trial, Grid(TRIAL, (1, -1), one))  # refuses wrong arguments before anything is changed
-            correct = _Correct(qep, qep_damping, tuple(qep_exclude))
+            exclude = (qep_exclude,) if isinstance(qep_exclude, str) else tuple(qep_exclude)
+            correct = _Correct(qep, qep_damping, exclude)
             walks = [_Walk(gm, run, name, choose, correct, propagate_error) for gm in graphs]
             try:
                 for walk in walks:
@@ -111,7 +114,7 @@ def weight_algorithm(
         every = inspect.signature(function).parameters.values()
         own = [p for p in every if p.kind is p.KEYWORD_ONLY and p.name != "cross"]
         shared = [p for p in inspect.signature(algorithm).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        shared = [p for p in shared if not (asymmetric and p.name.startswith("qep"))]
+        shared = [p for p in shared if not (asymmetric and p.name in OF_THE_WALK)]
         algorithm.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
         algorithm.__doc__ = function.__doc__
         ALGORITHMS.register(name)(algorithm)
@@ -160,9 +163,12 @@ class _Walk:
     def go(self) -> None:
         gc.collect()  # what tracing has left
         give_back()
+        left = {source for source, every in self.groups.items() if not self._stored(every)}
         for source, every in self.progress(self.groups.items(), self.name):
-            inputs = self.rounded.until(source)  # also where nothing is left to choose: one group's weights at a time
-            wanted = self.exact.until(source) if self.exact is not None else None
+            # also where this group is chosen already: one group's weights at a time
+            inputs = self.rounded.until(source) if left else []
+            wanted = self.exact.until(source) if left and self.exact is not None else None
+            left.discard(source)
             for alike in alike_in_rows(every):
                 self._choose(alike, inputs, wanted)
             del inputs, wanted  # before the next are computed
@@ -185,11 +191,14 @@ class _Walk:
         stacks = [s for p in parts for s in (stacks_of(p) if _wants(self.choose, BY_ROW) else [[layer] for layer in p])]
         moments: Moments | None = None
         for layers in stacks:
-            if self.store is not None and all_stored(layers, self.store):
+            if self.store is not None and self._stored(layers):
                 self.results += [settle_stored(layer, self.name, self.store) for layer in layers]
                 continue
             moments = moments or moments_of(alike[0], inputs, wanted, self.rounded)
             self._quantize(layers, moments)
+
+    def _stored(self, layers: list[Layer]) -> bool:
+        return self.store is not None and all_stored(layers, self.store)
 
     def _quantize(self, layers: list[Layer], moments: Moments) -> None:
         weight, parts = _joined([layer.matrix() for layer in layers]), []

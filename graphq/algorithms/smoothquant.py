@@ -50,13 +50,15 @@ def smoothquant(
         if not known and not (value is None and isinstance(alpha, dict)):
             raise ConfigError(f"alpha is a number from 0 to 1, 'search' or 'log', not {value!r}", where="smoothquant")
     every = [{g.name: g for g in groups(gm) if g.quantized} for gm in graphs]
-
+    if not set.intersection(*map(set, every)):
+        raise ConfigError(
+            f"in {'a' if len(graphs) > 1 else 'the'} graph no quantized tensor is read by quantized linears alone",
+            where="smoothquant",
+            remedy="Leave it out (the preset int8 is int8_smoothquant without it); awq is for weights alone.",
+        )
     asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
     if scaling_layers is not None:
         every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
-    if not set.intersection(*map(set, every)):
-        raise ConfigError("no linear has a quantized weight and input", where="smoothquant",
-                          remedy="Leave it out, or quantize inputs; awq is for weights alone.")  # fmt: skip
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]

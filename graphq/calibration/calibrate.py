@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -65,7 +65,8 @@ def calibrate_graphs(
             where="calibrate",
             remedy="'memory', or 'disk' together with a store, where it lies.",
         )
-    data = _again(data) if graphs[0].meta["graphq_config"].algorithms else data
+    if store is not None or (graphs[0].meta["graphq_config"].algorithms and hasattr(data, "__next__")):
+        data = _listed(data)
     run = _Run(graphs[0], data, progress, None if store is None else store_for(graphs, data, store), frontier)
     try:
         _run_algorithms(graphs, run)
@@ -100,9 +101,9 @@ def _observe(graphs: Sequence[fx.GraphModule], data: Any, *, progress: bool) -> 
         s.fit()
 
 
-def _again(data: Any) -> Any:
-    """Data that can be gone through more than once, and are the same each time: a loader may shuffle them."""
-    return list(data) if isinstance(data, Iterable) else data
+def _listed(data: Any) -> Any:
+    """Data that are the same batches every time: an iterator ends, and a loader may shuffle."""
+    return list(data) if isinstance(data, Iterable) and not isinstance(data, (Tensor, Mapping)) else data
 
 
 def _expect_order(names: list[str]) -> None:
@@ -219,6 +220,7 @@ class _Run:
         if self.on_disk and self.store is not None:
             folder = self.store.folder / f"frontier-{self.streams}"
             self.streams += 1
+        self.data = _listed(self.data)  # another stream is to go through the same samples
         return Stream(gm, self.data, original=original, folder=folder)
 
     def close(self) -> None:

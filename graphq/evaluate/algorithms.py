@@ -11,7 +11,7 @@ from torch import fx
 from graphq.algorithms.base import check_arguments
 from graphq.algorithms.layers import by_input
 from graphq.algorithms.results import WeightResult
-from graphq.algorithms.sequential import ASYMMETRIC, FUNCTIONS, alike_in_rows, moments_of, round_weights
+from graphq.algorithms.sequential import ASYMMETRIC, FUNCTIONS, OF_THE_WALK, alike_in_rows, moments_of, round_weights
 from graphq.calibration.runner import progress_of
 from graphq.calibration.stream import Stream
 from graphq.config.config import Algorithm
@@ -59,7 +59,8 @@ def _function(algorithm: Algorithm) -> Any:
         raise ConfigError("it is about what the layers before have lost, which are float here", where=algorithm.name,
                           remedy="Compare whole runs.")  # fmt: skip
     check_arguments(algorithm.name, algorithm.args)
-    if {"qep", "qep_damping"} & set(algorithm.args):
-        raise ConfigError("qep is about the layers before, which are float here", where=algorithm.name,
+    walked = sorted(set(OF_THE_WALK) & set(algorithm.args))
+    if walked:
+        raise ConfigError(f"{walked[0]} is about the layers before, which are float here", where=algorithm.name,
                           remedy="Leave it out.")  # fmt: skip
     return functools.partial(FUNCTIONS[algorithm.name], **algorithm.args)

@@ -49,18 +49,27 @@ def measure(
         run()
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffled = list(runs.items()), random.Random(0)
+    order = list(runs)
     for _ in range(rounds):
-        shuffled.shuffle(order)
-        for name, run in order:
+        order = _shuffled(order)
+        for name in order:
             start = time.perf_counter()
-            run()
+            runs[name]()
             times[name].append((time.perf_counter() - start) * 1e3)
     base = next(iter(times.values()))
     return [
         Latency(n, statistics.median(t), min(t), statistics.median(b / x for b, x in zip(base, t, strict=True)))
         for n, t in times.items()
     ]
+
+
+def _shuffled(names: list[str]) -> list[str]:
+    """In another order, which does not begin with what came last."""
+    if len(names) < 2:
+        return names
+    first = random.choice(names[:-1])
+    others = [name for name in names if name != first]
+    return [first, *random.sample(others, len(others))]
 
 
 def _runner(path: str | Path, runtime: str, feed: dict[str, np.ndarray]) -> Callable[[], Any]:

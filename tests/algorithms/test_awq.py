@@ -7,7 +7,9 @@ from torch import nn
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
-from graphq.algorithms.scaling import SMOOTHED
+from graphq.algorithms.awq import _searched
+from graphq.algorithms.samples import RowSamples
+from graphq.algorithms.scaling import SMOOTHED, groups
 from graphq.errors import ConfigError
 from graphq.quantizer import quantizers
 
@@ -94,6 +96,25 @@ def test_algorithms_that_have_run_do_not_run_again_after_a_failed_calibration(mo
             graphq.calibrate(prepared, data(), progress=False)
     outputs = [graphq.calibrate(g, data(), progress=False)(data()[0]) for g in (prepared, untroubled)]
     assert torch.equal(*outputs)
+
+
+def test_a_channel_that_is_zero_in_all_data_keeps_its_weights():
+    model, calibration = nn.Sequential(nn.Linear(32, 24)).eval(), data()
+    for x in calibration:
+        x[..., 5] = 0
+    gm = graphq.prepare(model, config("awq"), (calibration[0],), target="simulation")
+    group, seen = next(iter(groups(gm))), RowSamples(256)
+    for x in calibration:
+        seen(x)
+    scale = _searched(gm, group, seen, 10, True)
+    assert scale is not None and scale[5] == 1 and scale.max() > 1.5
+    assert _searched(gm, group, zeros(seen), 10, True) is None
+
+
+def zeros(seen):
+    none = RowSamples(256)
+    none(torch.zeros_like(seen.rows))
+    return none
 
 
 def test_no_layer_to_scale_and_no_grid_are_errors():

@@ -85,5 +85,6 @@ def test_what_is_compared_chooses_one_weight_at_a_time():
         compare_algorithms(prepared, data, ["awq"], progress=False)
     with pytest.raises(ConfigError, match="layers before have lost"):
         compare_algorithms(prepared, data, ["gptaq"], progress=False)
-    with pytest.raises(ConfigError, match="qep"):
-        compare_algorithms(prepared, data, [{"name": "gptq", "args": {"qep": 0.5}}], progress=False)
+    for args in ({"qep": 0.5}, {"qep_exclude": ["*.q"]}, {"propagate_error": False}):
+        with pytest.raises(ConfigError, match=next(iter(args))):
+            compare_algorithms(prepared, data, [{"name": "gptq", "args": args}], progress=False)

@@ -238,6 +238,7 @@ def test_a_channel_that_is_zero_in_all_data_keeps_its_scale():
     scale = _scale(activations, weights, 0.5)
     assert scale[0] == 1
     torch.testing.assert_close(scale[1:], _scale(activations[1:], weights[1:], 0.5))
+    assert torch.equal(_scale(torch.zeros(3), weights, 0.5), torch.ones(3))
 
 
 def test_the_search_sees_what_weights_in_groups_lose():
@@ -252,5 +253,5 @@ def test_a_model_without_quantized_inputs_has_nothing_to_smooth_and_the_error_sa
     rules = (Rule(select="linear", scheme=Scheme(weight=QuantSpec(format="int8", granularity="channel"))),)
     config = QuantConfig(rules=rules, algorithms=("smoothquant",))
     prepared = graphq.prepare(nn.Sequential(nn.Linear(8, 8)), config, (torch.randn(2, 8),), target="simulation")
-    with pytest.raises(ConfigError, match="no linear has a quantized weight and input"):
+    with pytest.raises(ConfigError, match="no quantized tensor is read by quantized linears"):
         graphq.calibrate(prepared, [torch.randn(2, 8)], progress=False)

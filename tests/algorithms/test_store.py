@@ -15,6 +15,7 @@ from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.algorithms import autoround as autoround_module
 from graphq.algorithms import awq as awq_module
 from graphq.algorithms import sequential
+from graphq.calibration import stream as stream_module
 from graphq.errors import ConfigError, LoadError, StateError
 from graphq.graph.on_disk import from_disk, on_disk, values_of
 from graphq.quantizer import quantizers
@@ -386,6 +387,13 @@ def test_scales_are_not_sought_behind_what_chooses_weights(checkpoint, names):
     graph = prepared(in_memory(checkpoint), config(algorithms=names))
     with pytest.raises(ConfigError, match=f"{names[1]} comes behind {names[0]}"):
         graphq.calibrate(graph, DATA, progress=False)
+
+
+def test_a_finished_store_costs_no_forward_of_the_model(checkpoint, whole, monkeypatch):
+    ran = []
+    monkeypatch.setattr(stream_module.Stream, "_step", lambda self, *a: ran.append(a))
+    graph = graphq.calibrate(prepared(Logits(from_disk(build, checkpoint))), DATA, progress=False, store=whole[1])
+    assert not ran and len(graphq.weight_results(graph)) == 7
 
 
 def test_autoround_takes_a_model_on_disk_with_weighted_ranges(checkpoint):

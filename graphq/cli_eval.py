@@ -31,26 +31,33 @@ def eval_command(
     onnx: Annotated[list[Path], typer.Option("--onnx", help="Also this exported file; may be repeated")] = [],  # noqa: B006
     window: Annotated[int, typer.Option(help="perplexity: tokens that are read at once")] = 256,
     stride: Annotated[int, typer.Option(help="perplexity: tokens from one window to the next")] = 256,
+    bos: Annotated[bool, typer.Option(help="perplexity: begin every window with the tokenizer's first token")] = False,
     samples: Annotated[int, typer.Option(help="How many samples, or windows, at most")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
 ) -> None:
     """Perplexity of a text, top-1 accuracy, or Spearman's correlation of sentence similarities with people's scores."""
-    measure = _measure(metric, model, Path(data), samples, window, stride)
+    how = {"window": window, "stride": stride, "bos": bos} if metric == "perplexity" else {}
+    measure = _measure(metric, model, Path(data), samples, window, stride, bos)
     source = load_model(model)
     source = source.module() if isinstance(source, torch.export.ExportedProgram) else source.eval()
     figures = {"float": measure(lambda **inputs: _first(source(**inputs)))}
     for path in onnx:
         figures[str(path)] = measure(_runtime(path))
     if as_json:
-        emit({"metric": metric, **figures})
+        emit({"metric": metric, **how, **figures})
         return
     table = Table("model", metric)
     for name, figure in figures.items():
         table.add_row(name, f"{figure:.4f}")
     console.print(table)
+    if how:
+        first = "each behind a first token" if bos else "without a first token"
+        console.print(f"windows of {window} tokens, {stride} apart, {first}")
 
 
-def _measure(metric: str, model: str, path: Path, samples: int, window: int, stride: int) -> Callable[[Outputs], float]:
+def _measure(
+    metric: str, model: str, path: Path, samples: int, window: int, stride: int, bos: bool
+) -> Callable[[Outputs], float]:
     if not path.is_file():
         raise CalibrationError("there is no such file", where=str(path), remedy="See graphq eval --help.")
     if metric == "accuracy":
@@ -64,8 +71,14 @@ def _measure(metric: str, model: str, path: Path, samples: int, window: int, str
 
     tokenizer = AutoTokenizer.from_pretrained(model[3:])
     if metric == "perplexity":
-        ids = tokenizer(path.read_text(errors="ignore"), return_tensors="pt").input_ids[0][: samples * stride]
-        return lambda outputs: perplexity(lambda part: outputs(input_ids=part), ids, window=window, stride=stride)
+        text = path.read_text(errors="ignore")
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not bos).input_ids[0][: samples * stride]
+        if bos and tokenizer.bos_token_id is None:
+            raise CalibrationError("the tokenizer has no first token", where=model, remedy="Leave --bos out.")
+        first = tokenizer.bos_token_id if bos else None
+        return lambda outputs: perplexity(
+            lambda part: outputs(input_ids=part), ids, window=window, stride=stride, bos=first
+        )
     pairs, scores = _pairs(path, tokenizer, samples)
     return lambda outputs: similarity_correlation(lambda **given: _pooled(outputs(**given), given), pairs, scores)
 

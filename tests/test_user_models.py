@@ -101,6 +101,26 @@ def test_other_schemes_are_simulated_as_exactly(scheme, tmp_path):
     verified(nn.Sequential(*CONVS).eval(), (torch.randn(4, 3, 16, 16),), tmp_path, config)
 
 
+class Twice(nn.Module):
+    """Gives one tensor back twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.second(y.relu())
+        return z, y, z
+
+
+def test_a_tensor_that_is_given_back_twice_is_verified(tmp_path):
+    batch = torch.randn(4, 8)
+    quantized = graphq.quantize(Twice().eval(), "int8", [batch], progress=False)
+    result = graphq.verify(quantized, graphq.export(quantized, tmp_path / "model.onnx"), [batch])
+    assert result.agrees and len(result.tensors) == 2 and result.output_sqnr > 100
+
+
 def test_a_relu_is_not_skipped_where_codes_go_below_zero():
     config = QuantConfig(
         rules=(Rule(select="*", scheme=Scheme(weight=CHANNEL, input=AFFINE.model_copy(update={"symmetric": True}))),)

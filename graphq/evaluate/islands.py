@@ -31,7 +31,9 @@ class SimulatedKernels(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, taps: Taps) -> None:
         super().__init__(gm)
         results = pytree.tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])
-        self.outputs_of = dict(zip([n for n in results if isinstance(n, fx.Node)], taps.outputs, strict=False))
+        named = zip([n for n in results if isinstance(n, fx.Node)], taps.outputs, strict=False)
+        self.outputs_of = dict(reversed(list(named)))  # what is given twice has its first name
+        self.results = taps.outputs
         floats = [self._name(n) for n in gm.graph.nodes if n.target in (QGEMM, QMATMUL) and is_float(n)]
         self.dtypes = taps.dtypes | dict.fromkeys(floats, np.dtype(np.float32))
         self.islands = Islands(taps.model, self.dtypes)
@@ -41,7 +43,7 @@ class SimulatedKernels(fx.Interpreter):
         """What the whole model gives for one batch, which comes by name for the runtime and in order for the graph."""
         self.values = dict(feed)
         self.run(*inputs)
-        return [torch.from_numpy(self.islands.compute(name, self.values)) for name in self.outputs_of.values()]
+        return [torch.from_numpy(self.islands.compute(name, self.values)) for name in self.results]
 
     def run_node(self, n: fx.Node) -> Any:
         name = self._name(n)

@@ -277,7 +277,8 @@ class _Forced(fx.Interpreter):
     ) -> None:
         super().__init__(gm)
         self.sources, self.codes, self.checks, self.products = taps.products, codes, checks, products
-        self.outputs_of = dict(zip(output_nodes(gm), taps.outputs, strict=False))
+        named = zip(output_nodes(gm), taps.outputs, strict=False)
+        self.outputs_of = dict(reversed(list(named)))  # what is given twice has its first name
 
     def run_node(self, n: fx.Node) -> Any:
         name = self.outputs_of.get(n) or name_in_file(n)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.algorithms.layers import Layer
-from graphq.algorithms.samples import TokenMask, mask_watchers
+from graphq.algorithms.samples import TokenMask, counted, mask_watchers
 from graphq.errors import CalibrationError
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter
@@ -36,11 +36,7 @@ class ChannelMoments(nn.Module):
         self.squares: Tensor | float = 0.0
 
     def forward(self, x: Tensor) -> None:
-        x = x.detach().movedim(self.axis, -1)
-        for mask in self.masks:
-            if mask.value is not None and x.shape[:-1] == mask.value.shape:
-                x = x[mask.value]
-        rows = x.reshape(-1, x.shape[-1]).double()
+        rows = counted(x.detach().movedim(self.axis, -1), self.masks).double()
         self.count += len(rows)
         self.total, self.squares = self.total + rows.sum(0), self.squares + rows.square().sum(0)
 
@@ -54,9 +50,7 @@ class ChannelMoments(nn.Module):
 def shifts(run: Run, pairs: Sequence[list[tuple[Layer, Layer]]]) -> dict[str, Tensor]:
     """c [channels] of every pair that can absorb something, by the name of the first layer's node. In one run over the
     data. pairs: the same ones in each graph. Raises CalibrationError for data that say nothing of a channel."""
-    can = {a.node.name for a, b in pairs[0]}.intersection(
-        *({a.node.name for a, b in every if _absorbs(a, b)} for every in pairs)
-    )
+    can = set.intersection(*({a.node.name for a, b in every if _absorbs(a, b)} for every in pairs))
     layers = [first for first, _ in pairs[0] if first.node.name in can]
     if not layers:
         return {}

@@ -28,6 +28,14 @@ def mask_watchers(gm: fx.GraphModule) -> list[tuple[fx.Node, TokenMask]]:
     return [(n, TokenMask()) for n in gm.graph.find_nodes(op="placeholder") if n.target == MASK]
 
 
+def counted(x: Tensor, masks: Sequence[TokenMask]) -> Tensor:
+    """[…, channels] → rows [n, channels] of the tokens that count."""
+    for mask in masks:
+        if mask.value is not None and x.shape[:-1] == mask.value.shape:
+            x = x[mask.value]
+    return x.reshape(-1, x.shape[-1])
+
+
 class RowSamples(nn.Module):
     """Keeps evenly spaced rows of the tensors […, channels] that it is called with, and range and mean magnitude per
     channel.
@@ -47,11 +55,7 @@ class RowSamples(nn.Module):
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> None:
-        x = x.detach()
-        for mask in self.masks:
-            if mask.value is not None and x.shape[:-1] == mask.value.shape:
-                x = x[mask.value]
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = counted(x.detach(), self.masks).float()
         if not len(rows):
             return
         lo, hi = rows.amin(0), rows.amax(0)

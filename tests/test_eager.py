@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import graphq
-from graphq import QuantConfig
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import StateError
 
 
@@ -47,6 +47,31 @@ def test_folded_scales_go_into_the_norms():
     else:
         applied = graphq.apply_weights(graph, model)
         assert torch.allclose(applied(data()[0]), graph(data()[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+@pytest.mark.parametrize("algorithms", [("awq", "gptq"), ("smoothquant", "rtn")])
+def test_decoders_whose_heads_share_keys_and_values_generate_with_scaled_weights(kind, algorithms):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = getattr(hf, f"{kind}Config")(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, use_cache=False, attn_implementation="sdpa", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = getattr(hf, f"{kind}ForCausalLM")(settings).eval()
+    for norm in (m for m in model.modules() if "norm" in type(m).__name__.lower()):
+        norm.weight.data.uniform_(0.2, 3)
+    ids = [torch.randint(0, 64, (2, 16)) for _ in range(3)]
+    weight = QuantSpec(format="int3", granularity="group", group_size=8)
+    inputs = QuantSpec(format="int4", granularity="token", dynamic=True) if "smoothquant" in algorithms else None
+    config = QuantConfig(rules=(Rule(select="linear", scheme=Scheme(weight=weight, input=inputs)),),
+                         algorithms=algorithms)  # fmt: skip
+    graph = graphq.calibrate(graphq.prepare(model, config, (ids[0],), target="simulation"), ids, progress=False)
+    assert graph.meta["graphq_smoothed"] and all(folded for _, folded in graph.meta["graphq_smoothed"])
+    applied = graphq.apply_weights(graph, model)
+    if inputs is None:
+        assert torch.allclose(applied(ids[0]).logits, graph(ids[0])[0], rtol=1e-4, atol=1e-5)
+    assert applied.generate(ids[0][:1], max_new_tokens=4, do_sample=False, use_cache=False).shape == (1, 20)
 
 
 def test_what_does_not_fit_the_model_is_refused():

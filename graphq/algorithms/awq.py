@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.samples import RowSamples
-from graphq.algorithms.scaling import Group, groups, search_scales, weights
+from graphq.algorithms.scaling import Group, groups, search_scales, tied, weights
 from graphq.algorithms.scaling_layers import Entries, listed
 from graphq.config.spec import QuantSpec
 from graphq.errors import ConfigError
@@ -54,7 +54,7 @@ def awq(
 
 def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples, steps: int, duo: bool) -> Tensor | None:
     """The best scale, or None where none is better than no scale."""
-    own, rows = weights(gm, group), seen.rows
+    own, rows, tie = weights(gm, group), seen.rows, tied(gm, group)
     calls = [quantizer_calls(decision_of(n))[1] for n in group.linears]  # type: ignore[arg-type]
     quantizers = [quantizer_at(gm, c) for c in calls if c is not None]
     importance = _importance(own, [q.block for q in quantizers])
@@ -68,7 +68,7 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples, steps: int, du
         forms = [base, base / importance.pow(1 - share).clamp(min=SMALLEST)] if duo else [base]
         for form in forms:
             some = form[alive]
-            scale = torch.where(alive, form / (some.max() * some.min()).sqrt(), torch.ones_like(form))
+            scale = tie(torch.where(alive, form / (some.max() * some.min()).sqrt(), torch.ones_like(form)))
             loss = _loss(own, quantizers, rows, scale)
             if loss < best:
                 best, chosen = loss, scale

@@ -4,8 +4,8 @@
 
 The linears that read one tensor (q, k, v; gate, up) are a group with one s. 1/s is folded into what makes the tensor
 where nothing else reads it: a norm, the linear behind one side of a product (up in down(act(gate) · up)) or in front of
-a relu, that of v behind attention. Else it is a multiplication (a residual stream that starts behind the norm, as in
-BERT).
+a relu, that of v behind attention (heads that share one of v share its scales). Else it is a multiplication (a residual
+stream that starts behind the norm, as in BERT).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.base import Run, replace_read
+from graphq.algorithms.makers import WORD, Maker, made_by
 from graphq.algorithms.samples import RowSamples, rows_of
 from graphq.graph.decision import KEY as DECISION
 from graphq.graph.decision import Decision, decision_of
@@ -25,16 +26,12 @@ from graphq.graph.garbage import give_back
 from graphq.graph.on_disk import digest_of, scaled, values_of
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
-from graphq.graph.view import LayerView, held, parameter, set_parameter, value_of
+from graphq.graph.view import LayerView, held, parameter, set_parameter
 from graphq.passes.placement import quantizer_at, quantizer_calls
 
-WORD = "smoothed"  # appended to the name of a parameter that has taken in a scale
 FACTORS = "smoothing"  # the name of a scale that stands between two ops
 SMOOTHED = "graphq_smoothed"  # in a graph's meta: the groups that got a scale, so that `load` can make them again
 SEARCHED = ("smoothquant", "awq")  # what searches them
-NORMS = ("layer_norm", "rms_norm")
-HOMOGENEOUS = ("relu", "leaky_relu")  # a positive scale may as well stand in front of them
-Part = tuple[fx.Node, fx.Node]  # a parameter with an entry, or a row, per channel, and the op that reads it
 
 
 @dataclass
@@ -86,6 +83,16 @@ def weights(gm: fx.GraphModule, group: Group) -> list[Tensor]:
     """[out, in] each, in float32."""
     tensors = [parameter(gm, decision_of(n).weight) for n in group.linears]  # type: ignore[union-attr]
     return [t.detach().float() for t in tensors if t is not None]
+
+
+def tied(gm: fx.GraphModule, group: Group) -> Callable[[Tensor], Tensor]:
+    """Makes of a positive scale [in] one that can be folded."""
+    maker = _maker(gm, group)
+    return maker.tied if maker else lambda scale: scale
+
+
+def _maker(gm: fx.GraphModule, group: Group) -> Maker | None:
+    return made_by(gm, group.source, group.readers)
 
 
 def search_scales(
@@ -160,22 +167,16 @@ def scaling_pairs(prepared: fx.GraphModule) -> list[Pair]:
 
 def pair_of(gm: fx.GraphModule, group: Group) -> Pair:
     """By the names of modules."""
-    parts = made_by(gm, group.source, group.readers)
-    into = LayerView(gm, _op_of(parts[0])).path if parts else ""
+    maker = _maker(gm, group)
+    into = LayerView(gm, maker.op).path if maker else ""
     return Pair(into, tuple(LayerView(gm, n).path for n in group.linears))
-
-
-def _op_of(part: Part) -> fx.Node:
-    """The op that computes with a parameter, behind its quantizer."""
-    user = part[1]
-    return next(iter(user.users)) if user.op == "call_module" else user
 
 
 def apply_everywhere(
     graphs: Sequence[fx.GraphModule], found: Sequence[dict[str, Group]], scales: dict[str, Tensor]
 ) -> None:
     """Put scales, by the names of their tensors, into all graphs alike. found: the groups of each graph."""
-    folds = {n: all(_folds(gm, g[n]) for gm, g in zip(graphs, found, strict=True)) for n in scales}
+    folds = {n: all(_maker(gm, g[n]) for gm, g in zip(graphs, found, strict=True)) for n in scales}
     for gm, named in zip(graphs, found, strict=True):
         for name, scale in scales.items():
             apply_scale(gm, named[name], scale, fold=folds[name])
@@ -205,103 +206,11 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) 
         decision.weight = replace_read(gm, decision.weight, call, scaled(weight, scale), WORD)
         decision.reason += "; scaled by channel"
     if fold:
-        parts = made_by(gm, group.source, group.readers)
-        assert parts is not None, group.name
-        for read, user in parts:
-            _divide(gm, read, user, scale)
+        maker = _maker(gm, group)
+        assert maker is not None, group.name
+        maker.divide(gm, scale)
     else:
         _multiply(gm, group, 1 / scale)
-
-
-def _folds(gm: fx.GraphModule, group: Group) -> bool:
-    return made_by(gm, group.source, group.readers) is not None
-
-
-def made_by(gm: fx.GraphModule, node: fx.Node, readers: Sequence[fx.Node]) -> list[Part] | None:
-    """The parameters that scale a tensor's channels when they are scaled, or None if there are none, or others than
-    the readers would see it."""
-    if any(user not in readers for user in node.users):
-        return None
-    view, family = LayerView(gm, node), family_of(node.target)
-    if family in NORMS:
-        reads = [r for r in (view.arg("weight"), view.arg("bias")) if r is not None]
-        known = [held(gm, r) for r in reads]
-        channels = value_of(node).shape[-1]
-        whole = all(t is not None and t.shape == (channels,) for t in known)
-        return [(r, node) for r in reads] if view.arg("weight") is not None and whole else None
-    if family == "mul" and node.args[0] is not node.args[1]:
-        sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and value_of(a).shape == value_of(node).shape]
-        return next((p for p in (made_by(gm, side, [node]) for side in reversed(sides)) if p), None)
-    if family in HOMOGENEOUS:
-        return made_by(gm, node.all_input_nodes[0], [node])
-    if family == "reshape":
-        heads = _heads_side_by_side(gm, node)
-        if heads is not None:
-            return made_by(gm, *heads)
-        before = node.all_input_nodes[0]  # channels that stay last are the same channels
-        same = str(value_of(before).shape[-1]) == str(value_of(node).shape[-1])
-        return made_by(gm, before, [node]) if same else None
-    return _rows_of_linear(gm, node) if family == "linear" else None
-
-
-def _heads_side_by_side(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """What o reads is attention over v, [n, length, heads · d], and a channel of it is that channel of v: (the linear
-    of v, its reader). Not where several query heads share one of v."""
-    attention = _only_input(_only_input(node, "reshape"), "transpose")
-    if attention is None or family_of(attention.target) != "attention":
-        return None
-    value = LayerView(gm, attention).arg("value")
-    split = _only_input(value, "transpose")
-    linear = _only_input(split, "reshape")
-    if linear is None or split is None or family_of(linear.target) != "linear" or len(value.users) > 1:
-        return None
-    n, heads, length, width = value_of(value).shape
-    shapes = [list(map(str, value_of(t).shape)) for t in (attention, split, linear, node)]
-    whole = [str(s) for s in (n, length, heads * width)]
-    wanted = [
-        [str(n), str(heads), str(length), str(width)],
-        [str(n), str(length), str(heads), str(width)],
-        whole,
-        whole,
-    ]
-    return (linear, [split]) if shapes == wanted else None
-
-
-def _only_input(node: fx.Node | None, family: str) -> fx.Node | None:
-    """What an op of that family reads, if nothing else reads it."""
-    if node is None or family_of(node.target) != family:
-        return None
-    source = node.all_input_nodes[0]
-    return source if len(source.users) == 1 else None
-
-
-def _rows_of_linear(gm: fx.GraphModule, node: fx.Node) -> list[Part] | None:
-    decision, view = decision_of(node), LayerView(gm, node)
-    if decision is not None and decision.weight is not None and decision.weight_spec is not None:
-        _, call = quantizer_calls(decision)
-        weight = decision.weight
-        if call is None or len(call.users) > 1 or quantizer_at(gm, call).settled:
-            return None
-    else:
-        weight, call = view.arg("weight"), node
-    parts = [(weight, call)]
-    bias = view.arg("bias")
-    if bias is not None:
-        parts.append((bias, node))
-    return parts if all(held(gm, r) is not None and len(r.users) == 1 for r, _ in parts) else None
-
-
-def _divide(gm: fx.GraphModule, read: fx.Node, user: fx.Node, scale: Tensor) -> None:
-    tensor = held(gm, read)
-    assert tensor is not None
-    divided = scaled(tensor, scale if tensor.ndim == 1 else scale[:, None], divide=True)
-    new = replace_read(gm, read, user, divided, WORD)
-    for node in gm.graph.nodes:
-        decision = decision_of(node)
-        if decision is not None and decision.weight is read:
-            decision.weight = new
-        if decision is not None and decision.bias is read:
-            decision.bias = new
 
 
 def _multiply(gm: fx.GraphModule, group: Group, factor: Tensor) -> None:

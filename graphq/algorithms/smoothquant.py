@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.grid import Grid
 from graphq.algorithms.samples import RowSamples
-from graphq.algorithms.scaling import Group, groups, search_scales, weights
+from graphq.algorithms.scaling import Group, groups, search_scales, tied, weights
 from graphq.algorithms.scaling_layers import Entries, listed
 from graphq.config.selectors import matches
 from graphq.config.spec import QuantSpec
@@ -66,8 +66,10 @@ def smoothquant(
             return None if how is None else _searched(graphs[0], group, seen)
         if how == "log":
             largest = seen.largest.clamp(min=SMALLEST)
-            return _even(largest / (2 + largest).log2(), seen.largest)
-        return _scale(seen.largest, _weights_largest(graphs[0], group), float(how))
+            scale = _even(largest / (2 + largest).log2(), seen.largest)
+        else:
+            scale = _scale(seen.largest, _weights_largest(graphs[0], group), float(how))
+        return tied(graphs[0], group)(scale)
 
     # of all tokens, also those of padding: the scale of the tensor is for them too
     search_scales(graphs, run, every, choose, label="smoothquant", most=ROWS, padding=True)
@@ -119,11 +121,11 @@ def _even(scale: Tensor, activations: Tensor) -> Tensor:
 def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | None:
     """The best scale, or None where none is better than no scale."""
     own, largest = weights(gm, group), _weights_largest(gm, group)
-    rows = seen.rows
+    rows, tie = seen.rows, tied(gm, group)
     wanted = [linear(rows, w) for w in own]
     spec = quantizer_at(gm, group.readers[0]).spec
     specs = [decision_of(n).weight_spec for n in group.linears]  # type: ignore[union-attr]
-    candidates = [torch.ones_like(largest), *(_scale(seen.largest, largest, a) for a in ALPHAS)]
+    candidates = [torch.ones_like(largest), *(tie(_scale(seen.largest, largest, a)) for a in ALPHAS)]
     errors = []
     for scale in candidates:
         rounded = [_rounded_weight(w * scale, s) for w, s in zip(own, specs, strict=True)]

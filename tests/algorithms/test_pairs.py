@@ -10,7 +10,7 @@ import transformers as hf
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
-from graphq.algorithms.scaling import apply_everywhere, groups, weights
+from graphq.algorithms.scaling import apply_everywhere, groups, tied, weights
 from graphq.authoring import scaling_pairs
 
 INT8 = Scheme(weight=QuantSpec(format="int8", granularity="channel"))
@@ -22,23 +22,25 @@ GROUPED = {**DECODER, "num_key_value_heads": 2}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED = {"post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"), "mlp.up_proj": ("mlp.down_proj",)}
 LLAMA = {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",), **GATED}
-# where query heads share a v, no channel of o is one channel of v: the tables of others leave o out by its shape
-LLAMA_GROUPED = {"input_layernorm": QKV, "": ("self_attn.o_proj",), **GATED}
-# its norm multiplies by 1 + w, which is no parameter
-GEMMA = {"": QKV, "self_attn.v_proj": ("self_attn.o_proj",), " ": GATED["post_attention_layernorm"],
-         "mlp.up_proj": ("mlp.down_proj",)}  # fmt: skip
 CASES = {
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**DECODER), "model.layers.0.", LLAMA),
-    "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA_GROUPED),
+    # the tables of others leave o out where query heads share a v, by its shape: ours gives these channels one scale
+    "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), "model.layers.0.", LLAMA),
+    "llama, one head of v": (
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig(**{**DECODER, "num_key_value_heads": 1}),
+        "model.layers.0.",
+        LLAMA,
+    ),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**DECODER), "model.layers.0.", LLAMA),
     # the norm before the experts feeds the router, and tokens that are gathered for experts: no linears that share it
     "mixtral": (
         hf.MixtralForCausalLM,
         hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
         "model.layers.0.",
-        {"input_layernorm": QKV, "": ("self_attn.o_proj",), " ": ("mlp.gate",)},
+        {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",), "": ("mlp.gate",)},
     ),
-    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", GEMMA),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(**DECODER, head_dim=16), "model.layers.0.", LLAMA),  # norms of 1 + w
     "gpt2": (
         hf.GPT2LMHeadModel,
         hf.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64, use_cache=False),
@@ -82,6 +84,43 @@ def prepared(name):
     return model, ids, graphq.prepare(model, LINEARS, (ids,), target="simulation"), prefix, wanted
 
 
+class Table(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.wide = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 32)
+
+    def forward(self, ids):
+        return self.wide(self.table(ids))
+
+
+class Grouped(torch.nn.Module):
+    """Heads share v as torch's own attention lets them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = torch.nn.Linear(64, 64), torch.nn.Linear(64, 16), torch.nn.Linear(64, 16)
+        self.o = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("model, x, into, linear", [
+    (Table(), torch.arange(12).reshape(2, 6), "table", "wide"), (Grouped(), torch.randn(2, 5, 64), "v", "o"),
+])  # fmt: skip
+def test_scales_fold_into_tables_and_into_values_that_attention_shares(model, x, into, linear):
+    graph = graphq.prepare(model.eval(), LINEARS, (x,), target="simulation")
+    assert (into, (linear,)) in [(p.into, p.linears) for p in scaling_pairs(graph)]
+    named = {g.name: g for g in groups(graph)}
+    with torch.no_grad():
+        want = model(x)
+        apply_everywhere([graph], [named], {n: tied(graph, g)(weights(graph, g)[0].abs().mean(0) + 0.5)
+                                            for n, g in named.items()})  # fmt: skip
+        assert torch.allclose(graph(x), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_that_others_keep_in_tables_and_keep_the_function(name):
     model, ids, graph, prefix, wanted = prepared(name)
@@ -91,6 +130,7 @@ def test_pairs_are_those_that_others_keep_in_tables_and_keep_the_function(name):
     named = {g.name: g for g in groups(graph)}
     random = torch.Generator().manual_seed(1)
     scales = {n: torch.rand(weights(graph, g)[0].shape[1], generator=random) * 1.5 + 0.5 for n, g in named.items()}
+    scales = {n: tied(graph, g)(scales[n]) for n, g in named.items()}
     with torch.no_grad():
         want = model(ids)[0]
         apply_everywhere([graph], [named], scales)

@@ -55,7 +55,7 @@ def test_an_entry_whose_condition_does_not_hold_is_left_out():
 @pytest.mark.parametrize(
     "entry, match",
     [
-        (OUT, "self_attn.v_proj: it would be a multiplication"),
+        ({**OUT, "prev_op": "self_attn.q_proj"}, "it folds into .*self_attn.v_proj"),
         ({**QKV, "prev_op": "post_attention_layernorm"}, "it folds into .*input_layernorm"),
         ({**QKV, "layers": ["self_attn.q_proj", "self_attn.k_proj"]}, "names others"),
         ({**QKV, "layers": ["self_attn.qproj"]}, "no quantized linear is called .*self_attn.qproj"),

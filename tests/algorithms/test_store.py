@@ -313,21 +313,24 @@ def test_scales_that_a_stopped_run_has_found_are_not_searched_again(checkpoint, 
     assert same(files(tmp_path / "store"), files(scaled[1]))
 
 
-def test_scaled_weights_and_norms_go_into_an_eager_model(tmp_path):
+def test_scaled_weights_and_norms_go_into_an_eager_model(checkpoint, scaled):
+    graph, store = scaled
+    assert any("scaled_dot_product" in name or "reshape" in name for name, _ in graph.meta["graphq_smoothed"])
+    assert all(folded for _, folded in graph.meta["graphq_smoothed"])
+    torch.testing.assert_close(graphq.apply_stored(store, in_memory(checkpoint))(DATA[0]), graph(DATA[0]))
+
+
+def test_scales_between_two_ops_have_no_place_in_an_eager_model(tmp_path):
     torch.manual_seed(0)
-    settings = transformers.LlamaConfig(**{**CONFIG, "num_key_value_heads": 4})
-    model = Logits(transformers.LlamaForCausalLM(settings).eval())
-    graph = graphq.calibrate(prepared(model, config(algorithms=SCALED)), DATA, progress=False, store=tmp_path / "store")
-    assert graph.meta["graphq_smoothed"] and all(folded for _, folded in graph.meta["graphq_smoothed"])
-    torch.testing.assert_close(graphq.apply_stored(tmp_path / "store", model)(DATA[0]), graph(DATA[0]))
-
-
-def test_scales_between_two_ops_have_no_place_in_an_eager_model(checkpoint, scaled):
-    model = in_memory(checkpoint)
-    before = model(DATA[0])
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8)).eval()
+    data = [torch.randn(9, 16) * torch.linspace(0.1, 9, 16) for _ in range(3)]
+    settings = QuantConfig(rules=config().rules[:1], algorithms=SCALED)
+    graph = graphq.prepare(model, settings, (data[0],), target="simulation")
+    graphq.calibrate(graph, data, progress=False, store=tmp_path / "store")
+    before = model(data[0])
     with pytest.raises(LoadError, match=r"two ops[\s\S]*fold_weights"):
-        graphq.apply_stored(scaled[1], model)
-    assert torch.equal(model(DATA[0]), before)
+        graphq.apply_stored(tmp_path / "store", model)
+    assert torch.equal(model(data[0]), before)
 
 
 def test_smoothquant_of_a_model_on_disk_gives_the_scales_of_one_in_memory(checkpoint, tmp_path):

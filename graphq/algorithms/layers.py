@@ -10,17 +10,17 @@ from torch import Tensor, fx
 
 from graphq.algorithms.base import replace_read
 from graphq.algorithms.grid import Grid
+from graphq.algorithms.rows import matrix_of, patches, spread, weight_of
 from graphq.config.spec import QuantSpec
 from graphq.graph.decision import Decision, decision_of
-from graphq.graph.integer_ops import columns
 from graphq.graph.on_disk import on_disk, values_of
 from graphq.graph.view import LayerView, held, parameter
 from graphq.numerics.formats import SharedExponents
-from graphq.numerics.pairs import along_k, from_k
 from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
 
-FAMILIES = ("conv", "linear", "experts")
+CONVS = ("conv", "conv_transpose")
+FAMILIES = (*CONVS, "linear", "experts")
 ALREADY = "an algorithm before this one has chosen it"
 
 
@@ -46,19 +46,21 @@ class Layer:
     @property
     def block(self) -> tuple[int, ...]:
         """Of the weight as a matrix."""
-        return self.quantizer.block[-2:] if self.view.family == "experts" else self.quantizer.block[:2]
+        block = self.quantizer.block
+        if self.view.family == "conv_transpose":
+            return block[1::-1]
+        return block[-2:] if self.view.family == "experts" else block[:2]
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], [out, in / groups, …] or [experts, out, in]."""
+        """In its own shape."""
         tensor = parameter(self.view.gm, self.decision.weight)
         assert tensor is not None
         return tensor.detach()
 
     def matrix(self) -> Tensor:
-        """[out, K] in float32; of a convolution by kernel positions, then channels; experts are stacked."""
-        weight = self.weight
-        return along_k(weight).float() if self.view.family == "conv" else weight.flatten(0, -2).float()
+        """[out, K] in float32."""
+        return matrix_of(self.weight, self.view.family).float()
 
     @property
     def offsets(self) -> fx.Node | None:
@@ -68,10 +70,17 @@ class Layer:
 
     def shape(self) -> tuple[Any, ...]:
         """What decides how inputs become rows: the same for all linears."""
-        if self.view.family != "conv":
+        if self.view.family not in CONVS:
             return (self.offsets,)
-        args = (self.view.arg(k) for k in ("stride", "padding", "dilation"))
-        return (*(tuple(a) for a in args), int(self.view.arg("groups")), tuple(self.shape_of_weight[2:]))
+        names = ("stride", "padding", "dilation", "output_padding")[: 3 + (self.view.family == "conv_transpose")]
+        rank = len(self.shape_of_weight) - 2
+        args = (tuple(self.view.arg(name)) for name in names)
+        return (tuple(a * rank if len(a) == 1 else a for a in args), self.groups, tuple(self.shape_of_weight[2:]))
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution's channels."""
+        return int(self.view.arg("groups"))
 
     @property
     def shape_of_weight(self) -> torch.Size:
@@ -93,8 +102,7 @@ class Layer:
 
     def shaped(self, matrix: Tensor) -> Tensor:
         """A matrix [out, K] in the shape of the weight."""
-        shape = self.shape_of_weight
-        return from_k(matrix, shape) if self.view.family == "conv" else matrix.reshape(shape)
+        return weight_of(matrix, self.shape_of_weight, self.view.family)
 
     def settle_on(
         self, weight: Tensor, scale: Tensor, zero: Tensor, overall: Tensor | None, name: str, note: str
@@ -106,9 +114,8 @@ class Layer:
         self.decision.weight = replace_read(self.view.gm, read, self.call, weight, name)
         self.decision.reason += f"; {note}"
         if rank > 2:
-            grid = (
-                [*self.shape_of_weight[:2], -1] if self.view.family == "experts" else [*scale.shape, *[1] * (rank - 2)]
-            )
+            shapes = {"experts": [*self.shape_of_weight[:2], -1], "conv_transpose": [1, -1, *[1] * (rank - 2)]}
+            grid = shapes.get(self.view.family, [*scale.shape, *[1] * (rank - 2)])
             scale, zero = (values_of(t).reshape(grid) for t in (scale, zero))
         self.quantizer.settle_on(scale, zero, overall)
 
@@ -148,6 +155,8 @@ def by_input(gm: fx.GraphModule) -> tuple[dict[fx.Node, list[Layer]], dict[fx.No
 def _layer(view: LayerView, decision: Decision) -> Layer | str:
     """The layer, or why its weight cannot be chosen."""
     _, call = quantizer_calls(decision)
+    if view.family == "embedding":
+        return "rows of a table are not summed, and no value can make good what another loses"
     if view.family not in FAMILIES or call is None:
         return f"the weight of {view.family} has no products to look at"
     if len(call.users) > 1 or len(decision.weight.users) > 1:  # type: ignore[union-attr]
@@ -159,11 +168,13 @@ def _layer(view: LayerView, decision: Decision) -> Layer | str:
         return "it is quantized twice"
     if isinstance(spec.number_format, SharedExponents):
         return f"{spec.format} shares exponents between columns"
-    if spec.granularity in ("group", "block") and (view.family == "conv" or spec.axis not in (None, 1, -1)):
+    if view.family == "conv_transpose" and int(view.arg("groups")) > 1:
+        return "the groups of a transposed convolution share scales"
+    if spec.granularity in ("group", "block") and (view.family in CONVS or spec.axis not in (None, 1, -1)):
         return "its groups do not run along the inputs"
     if view.family == "experts" and (spec.axis is not None or spec.granularity == "block"):
         return "its blocks are not those of rows"
-    if spec.granularity == "channel" and quantizer.block[0] != 1:
+    if spec.granularity == "channel" and quantizer.block[int(view.family == "conv_transpose")] != 1:
         return "its scales are those of input channels"
     if _source(view.node).op == "get_attr":
         return "its input is a parameter"
@@ -184,9 +195,6 @@ def input_rows(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if layer.view.family == "linear":
         counted = mask is not None and x.shape[:-1] == mask.shape
         return (x[mask] if counted else x.reshape(-1, x.shape[-1])).float()[None]
-    stride, padding, dilation, groups, _ = layer.shape()
-    weight = layer.weight
-    batched = x if x.ndim == weight.ndim else x[None]
-    parts = columns(batched.float(), weight, stride, padding, dilation).chunk(groups, -1)
-    spatial = weight.ndim - 2
-    return torch.stack([p.flatten(1 + spatial).flatten(0, spatial) for p in parts])
+    args, groups, _ = layer.shape()
+    rows = (patches if layer.view.family == "conv" else spread)(x.float(), layer.weight, *args)
+    return torch.stack([part.flatten(1) for part in rows.chunk(groups, -1)])

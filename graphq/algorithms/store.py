@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from graphq.algorithms.base import ALGORITHMS
 from graphq.algorithms.results import WeightResult
+from graphq.algorithms.rows import weight_of
 from graphq.algorithms.scaling import FACTORS, WORD
 from graphq.config.spec import QuantSpec
 from graphq.errors import LoadError, StateError, did_you_mean
 from graphq.graph.on_disk import digest_of, on_disk, placeholder
 from graphq.numerics.affine import dequantize
-from graphq.numerics.pairs import from_k
 
 ABOUT, SUFFIX = "about.json", ".weight.safetensors"
 TRANSPOSED = "t"
@@ -45,7 +45,7 @@ class ChosenWeight:
         part = self.tensors()
         spec, shape = self.spec, json.loads(self.about["shape"])
         matrix = dequantize(part["codes"], part["scale"], part["zero_point"], self.block, spec.number_format)
-        return from_k(matrix, torch.Size(shape)) if self.about["family"] == "conv" else matrix.reshape(shape)
+        return weight_of(matrix, shape, self.about["family"])
 
     @property
     def about(self) -> dict[str, str]:

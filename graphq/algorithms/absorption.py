@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.algorithms.layers import Layer
-from graphq.algorithms.samples import TokenMask, counted, mask_watchers
 from graphq.errors import CalibrationError
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter
+from graphq.observers.tokens import MaskWatchers, counted, mask_of, mask_watchers
 
 DEVIATIONS = 3
 FEWEST = 64  # values of a channel: fewer know no deviation
@@ -29,14 +29,14 @@ class ChannelMoments(nn.Module):
     """Count, sum and sum of squares of every channel of the tensors it is called with. axis: of the channels. Tokens
     that a mask leaves out do not count."""
 
-    def __init__(self, axis: int, masks: Sequence[TokenMask] = ()) -> None:
+    def __init__(self, axis: int, masks: MaskWatchers = ()) -> None:
         super().__init__()
-        self.axis, self.masks, self.count = axis, list(masks), 0
+        self.axis, self.masks, self.count = axis, masks, 0
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
     def forward(self, x: Tensor) -> None:
-        rows = counted(x.detach().movedim(self.axis, -1), self.masks).double()
+        rows = counted(x.detach().movedim(self.axis, -1), mask_of(self.masks)).double()
         self.count += len(rows)
         self.total, self.squares = self.total + rows.sum(0), self.squares + rows.square().sum(0)
 
@@ -55,7 +55,7 @@ def shifts(run: Run, pairs: Sequence[list[tuple[Layer, Layer]]]) -> dict[str, Te
     if not layers:
         return {}
     masks = mask_watchers(layers[0].view.gm)
-    seen = [ChannelMoments(1 - len(layer.shape_of_weight), [mask for _, mask in masks]) for layer in layers]
+    seen = [ChannelMoments(1 - len(layer.shape_of_weight), masks) for layer in layers]
     run([*masks, *zip((layer.node for layer in layers), seen, strict=True)])
     found = {}
     for layer, moments in zip(layers, seen, strict=True):

@@ -16,6 +16,7 @@ from graphq.graph.decision import Decision, decision_of
 from graphq.graph.on_disk import on_disk, values_of
 from graphq.graph.view import LayerView, held, parameter
 from graphq.numerics.formats import SharedExponents
+from graphq.observers.tokens import counted
 from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
 
@@ -193,8 +194,7 @@ def input_rows(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What rows of the matrix are multiplied with, [groups, rows, K / groups]; tokens that do not count left out. Not
     of experts, which have rows of their own."""
     if layer.view.family == "linear":
-        counted = mask is not None and x.shape[:-1] == mask.shape
-        return (x[mask] if counted else x.reshape(-1, x.shape[-1])).float()[None]
+        return counted(x, mask).float()[None]
     args, groups, _ = layer.shape()
     rows = (patches if layer.view.family == "conv" else spread)(x.float(), layer.weight, *args)
     return torch.stack([part.flatten(1) for part in rows.chunk(groups, -1)])

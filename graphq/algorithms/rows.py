@@ -52,6 +52,7 @@ def spread(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[i
     batched = x if x.ndim == weight.ndim else x[None]
     sizes = [(size - 1) * step + 1 for size, step in zip(batched.shape[2:], stride, strict=True)]
     wide = batched.new_zeros(*batched.shape[:2], *(size + m for size, m in zip(sizes, more, strict=True)))
-    wide[(..., *(slice(0, size, step) for size, step in zip(sizes, stride, strict=True)))] = batched
+    places = [slice(0, size, step) for size, step in zip(sizes, stride, strict=True)]
+    wide[(slice(None), slice(None), *places)] = batched
     around = [gap * (k - 1) - p for gap, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
     return patches(wide, weight, [1] * len(around), around, dilation)

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.graph.on_disk import on_disk
-
-MASK = "attention_mask"  # an input of that name says which tokens count
-
-
-class TokenMask(nn.Module):
-    """Remembers which tokens of the batch that runs count, [n, length]."""
-
-    value: Tensor | None = None
-
-    def forward(self, mask: Tensor) -> None:
-        self.value = mask.detach().bool() if mask.ndim == 2 else None
-
-
-def mask_watchers(gm: fx.GraphModule) -> list[tuple[fx.Node, TokenMask]]:
-    """For the input that says which tokens count, if there is one."""
-    return [(n, TokenMask()) for n in gm.graph.find_nodes(op="placeholder") if n.target == MASK]
-
-
-def counted(x: Tensor, masks: Sequence[TokenMask]) -> Tensor:
-    """[…, channels] → rows [n, channels] of the tokens that count."""
-    for mask in masks:
-        if mask.value is not None and x.shape[:-1] == mask.value.shape:
-            x = x[mask.value]
-    return x.reshape(-1, x.shape[-1])
+from graphq.observers.tokens import MaskWatchers, TokenMask, counted, mask_of, mask_watchers
 
 
 class RowSamples(nn.Module):
@@ -48,14 +25,14 @@ class RowSamples(nn.Module):
     highest: Tensor
     magnitude: Tensor
 
-    def __init__(self, most: int, masks: Sequence[tuple[fx.Node, TokenMask]] = ()) -> None:
+    def __init__(self, most: int, masks: MaskWatchers = ()) -> None:
         super().__init__()
-        self.masks = [mask for _, mask in masks]
+        self.masks = masks
         self.most, self.step, self.count = most, 1, 0
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> None:
-        rows = counted(x.detach(), self.masks).float()
+        rows = counted(x.detach(), mask_of(self.masks)).float()
         if not len(rows):
             return
         lo, hi = rows.amin(0), rows.amax(0)

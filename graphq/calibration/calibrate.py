@@ -26,6 +26,7 @@ from graphq.calibration.watch import watching
 from graphq.errors import ConfigError, StateError
 from graphq.graph.on_disk import digest_of, on_disk
 from graphq.graph.view import held, parameter
+from graphq.observers.tokens import mask_watchers
 from graphq.passes.placement import (
     correct_bias,
     fit_bias,
@@ -237,16 +238,19 @@ class _Statistics:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.quantizers = gm, quantizers(gm)
-        self.means = mean_watchers(gm) if gm.meta["graphq_config"].bias_correction else {}
+        self.masks = mask_watchers(gm)
+        self.means = mean_watchers(gm, self.masks) if gm.meta["graphq_config"].bias_correction else {}
         self.maxima = maxima_watchers(gm) if gm.meta["graphq_target"].guards_by_data else {}
 
     def observe(self) -> None:
         for q in self.quantizers.values():
             q.observe()
-        self.importance = importance_watchers(self.gm)
+        self.importance = importance_watchers(self.gm, self.masks)
 
     def watchers(self) -> Iterator[tuple[str, nn.Module]]:
         """(name of the tensor, module that sees it)."""
+        if self.means or self.importance:
+            yield from ((n.name, mask) for n, mask in self.masks)
         yield from ((n.name, w) for (n, _), w in self.means.items())
         yield from ((n.name, w) for (n, _), w in self.maxima.items())
         yield from ((n.name, w) for (n, _), w in self.importance.items())

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.samples import MASK
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch
 from graphq.calibration.frontier import Frontier
 from graphq.errors import CalibrationError
@@ -23,6 +22,7 @@ from graphq.graph.devices import device_of
 from graphq.graph.on_disk import values_of
 from graphq.graph.view import held
 from graphq.numerics.products import linear
+from graphq.observers.tokens import MASK
 
 NOTHING: Mapping[fx.Node, Tensor] = {}
 FASTER: dict[Any, Any] = {torch.ops.aten.linear.default: linear}

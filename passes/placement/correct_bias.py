@@ -15,16 +15,17 @@ from torch import Tensor, fx
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.observers.mean import ChannelMean
+from graphq.observers.tokens import MaskWatchers
 
 from .edges import channels_read, quantizer_at, quantizer_calls
 
 Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read and the axis of its channels
 
 
-def mean_watchers(gm: fx.GraphModule) -> Watchers:
-    """A watcher for the input of every op whose bias can be corrected."""
+def mean_watchers(gm: fx.GraphModule, masks: MaskWatchers = ()) -> Watchers:
+    """A watcher for the input of every op whose bias can be corrected. masks: see `ChannelMean`."""
     keys = dict.fromkeys(channels_read(gm, n, d) for n, d in _correctable(gm))
-    return {key: ChannelMean(key[1]) for key in keys}
+    return {key: ChannelMean(key[1], masks=masks) for key in keys}
 
 
 def mean_products(gm: fx.GraphModule, watchers: Watchers, *, original: bool = False) -> dict[str, Tensor]:

@@ -14,17 +14,18 @@ from graphq.graph.decision import decision_of
 from graphq.graph.view import LayerView, parameter
 from graphq.observers.mean import ChannelMean
 from graphq.observers.mse_grid import WeightedMseGrid
+from graphq.observers.tokens import MaskWatchers
 
 from .edges import quantizer_at, quantizer_calls
 
-FAMILIES = ("conv", "linear")
+FAMILIES = ("conv", "conv_transpose", "linear")
 Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read and the axis of its channels
 
 
-def importance_watchers(gm: fx.GraphModule) -> Watchers:
-    """A watcher for the input of every op whose weight's range is found with importance."""
+def importance_watchers(gm: fx.GraphModule, masks: MaskWatchers = ()) -> Watchers:
+    """A watcher for the input of every op whose weight's range is found with importance. masks: see `ChannelMean`."""
     keys = {(source, _axis(view, weight)) for view, source, weight, _ in _weighted(gm)}
-    return {(source, axis): ChannelMean(axis, power=2) for source, axis in sorted(keys)}
+    return {(source, axis): ChannelMean(axis, power=2, masks=masks) for source, axis in sorted(keys)}
 
 
 def _axis(view: LayerView, weight: Tensor) -> int:
@@ -63,7 +64,7 @@ def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, Weig
         view = LayerView(gm, node)
         if view.family not in FAMILIES:
             raise CalibrationError(
-                f"the observer imatrix_mse knows the inputs of conv and linear, not of {view.family}",
+                f"the observer imatrix_mse knows the inputs of convolutions and linears, not of {view.family}",
                 where=view.where(),
                 remedy="Choose the observer mse_grid for it.",
             )
@@ -76,7 +77,9 @@ def _weighted(gm: fx.GraphModule) -> list[tuple[LayerView, fx.Node, Tensor, Weig
 
 
 def _on_weight(view: LayerView, weight: Tensor, importance: Tensor) -> Tensor:
-    """[in] in a shape that goes with the weight: [1 or out, in / groups, 1, …]."""
+    """[in] in a shape that goes with the weight: [1 or out, in / groups, 1, …], or [in, 1, …] of a transposed one."""
+    if view.family == "conv_transpose":
+        return importance.reshape(-1, *[1] * (weight.ndim - 1))
     groups = view.arg("groups") if view.family == "conv" else 1
     rows = importance.reshape(groups, -1)
     if groups > 1:

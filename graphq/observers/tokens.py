@@ -1,0 +1,41 @@
+"""Which tokens of a batch count: those of padding are computed, and say nothing of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, fx, nn
+
+MASK = "attention_mask"  # an input of that name says which tokens count
+
+
+class TokenMask(nn.Module):
+    """Remembers which tokens of the batch that runs count, [n, length]."""
+
+    value: Tensor | None = None
+
+    def forward(self, mask: Tensor) -> None:
+        self.value = mask.detach().bool() if mask.ndim == 2 else None
+
+
+MaskWatchers = Sequence[tuple[fx.Node, TokenMask]]
+
+
+def mask_watchers(gm: fx.GraphModule) -> list[tuple[fx.Node, TokenMask]]:
+    """For the input that says which tokens count, if there is one. They come before the watchers that want to know."""
+    return [(n, TokenMask()) for n in gm.graph.find_nodes(op="placeholder") if n.target == MASK]
+
+
+def mask_of(watchers: MaskWatchers) -> Tensor | None:
+    """Of the batch that runs."""
+    return next((mask.value for _, mask in watchers), None)
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[n, length, channels], or [n · length, channels] → rows [m, channels] of the tokens that count. Of tensors of
+    other shapes all rows do."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask]
+    if mask is not None and x.shape[:-1] == (mask.numel(),):
+        return x[mask.reshape(-1)]
+    return x.reshape(-1, x.shape[-1])

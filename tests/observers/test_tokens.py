@@ -1,0 +1,59 @@
+"""Tokens of padding: what a mask leaves out changes neither biases nor ranges, whatever stands there."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphq
+from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.observers.tokens import counted
+from graphq.quantizer import quantizers
+
+
+class Encoder(nn.Module):
+    """Attends to nothing, so that tokens do not see each other."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.flat = flat
+
+    def forward(self, input_ids, attention_mask):
+        x = self.table(input_ids)
+        y = self.second(self.first(x.flatten(0, 1) if self.flat else x).relu()).reshape(x.shape)
+        return y * attention_mask[..., None]
+
+
+def calibrated(filler, observer, correct, flat):
+    torch.manual_seed(0)
+    model = Encoder(flat).eval()
+    model.table.weight.data[19] *= 50
+    ids = torch.randint(0, 19, (4, 3, 8))
+    mask = torch.ones_like(ids)
+    mask[:, 0, 5:], mask[1, 1, 2:] = 0, 0
+    data = [{"input_ids": torch.where(m > 0, i, filler), "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
+    weight = QuantSpec(format="int4", granularity="channel", observer=observer)
+    inputs = QuantSpec(format="int8", observer="fixed", observer_args={"lo": -4, "hi": 4})
+    scheme = Scheme(weight=weight, input=inputs if correct else None)
+    config = QuantConfig(rules=(Rule(select="linear", scheme=scheme),), bias_correction=correct)
+    graph = graphq.prepare(model, config, kwargs=data[0], target="simulation")
+    graphq.calibrate(graph, data, progress=False)
+    return {n: t for n, t in graph.named_buffers() if "corrected" in n} | {
+        n: q.scale for n, q in quantizers(graph).items()
+    }
+
+
+@pytest.mark.parametrize("observer, correct", [("imatrix_mse", False), ("minmax", True)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_a_mask_leaves_out_does_not_count(observer, correct, flat):
+    one, other = (calibrated(filler, observer, correct, flat) for filler in (0, 19))
+    assert one.keys() == other.keys() and len(one) >= (6 if correct else 2)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_rows_of_tokens_are_chosen_by_the_mask_and_all_rows_of_other_tensors():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    want = torch.tensor([[0.0, 1.0], [2.0, 3.0], [6.0, 7.0]])
+    assert torch.equal(counted(x, mask), want) and torch.equal(counted(x.reshape(6, 2), mask), want)
+    assert len(counted(x, None)) == 6 and len(counted(torch.zeros(2, 5, 2), mask)) == 10

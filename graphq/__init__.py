@@ -18,7 +18,7 @@ from graphq.errors import GraphqError
 from graphq.evaluate.algorithms import compare_algorithms
 from graphq.evaluate.compare import compare
 from graphq.evaluate.verify import verify
-from graphq.graph.on_disk import from_disk
+from graphq.graph.checkpoint import from_disk
 from graphq.nn import register, unregister
 from graphq.passes.targets import get_target
 from graphq.qat import fold_weights, qat

@@ -17,7 +17,8 @@ from graphq.algorithms import awq as awq_module
 from graphq.algorithms import sequential
 from graphq.calibration import stream as stream_module
 from graphq.errors import ConfigError, LoadError, StateError
-from graphq.graph.on_disk import from_disk, on_disk, values_of
+from graphq.graph.checkpoint import from_disk
+from graphq.graph.on_disk import on_disk, values_of
 from graphq.quantizer import quantizers
 
 transformers = pytest.importorskip("transformers")

@@ -1,7 +1,7 @@
 """Put what calibration and weight algorithms have made of the weights back into the model that was traced.
 
 So that everything that is written for the model still works (`model.generate`, an evaluation harness): its weights are
-those of the quantized graph, dequantized. Activations stay float.
+those of the quantized graph, dequantized, or packed until a layer uses them. Activations stay float.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.algorithms.packed import Packed
 from graphq.algorithms.store import original_name
 from graphq.errors import StateError
 from graphq.graph.view import parameter
+from graphq.numerics.affine import quantize
 from graphq.qat import FOLDED
 from graphq.quantizer import TensorQuantizer
 
@@ -21,12 +23,14 @@ MADE_BY_TRACING = "lifted_tensor"  # constants of the model's own forward, by to
 
 
 @torch.no_grad()
-def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
+def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool = False) -> nn.Module:
     """A copy of the model with the weights of a calibrated graph, dequantized, and the norms and biases that go with
     them.
 
-    Raises StateError for graphs of another stage, for other models, and for graphs with tensors that the model has no
-    place for: folded batch norms, scales of channels that stand between two ops.
+    packed: quantized weights stay codes, and are dequantized whenever their layer runs: less memory, more time, the
+    same values. They are parametrizations of their layers; keep the model with its `state_dict`. Raises StateError for
+    graphs of another stage, for other models, and for graphs with tensors that the model has no place for: folded batch
+    norms, scales of channels that stand between two ops.
     """
     if calibrated.meta.get("graphq_stage") != "calibrated" or FOLDED in calibrated.meta:
         raise StateError(
@@ -35,11 +39,12 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model)
     state = dict(result.named_parameters(remove_duplicate=False)) | dict(result.named_buffers(remove_duplicate=False))
     given: dict[str, Tensor] = {}
+    codes: dict[str, Packed] = {}
     for node in calibrated.graph.find_nodes(op="get_attr"):
         tensor = parameter(calibrated, node)
         if tensor is None or not tensor.is_floating_point() or MADE_BY_TRACING in str(node.target):
             continue
-        for value in _as_read(calibrated, node, tensor):
+        for value, quantizer in _as_read(calibrated, node, tensor):
             name, turned = original_name(str(node.target), state)
             if name is None:
                 raise StateError(
@@ -51,17 +56,34 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module) -> nn.Module:
             if name in given and not torch.equal(given[name], value):
                 raise StateError("this weight is shared, and read in two ways", where=name, remedy="Untie it first.")
             given[name] = value
+            if packed and quantizer is not None and isinstance(state[name], nn.Parameter):
+                codes[name] = _codes_of(tensor, quantizer, turned)
     for name, value in given.items():
         if state[name].shape != value.shape:
             raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")
         state[name].data = value.to(state[name]).clone()
+    for name, weight in codes.items():
+        weight.put_into(result, state[name])  # type: ignore[arg-type]
     return result
 
 
-def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[Tensor]:
+def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[tuple[Tensor, TensorQuantizer | None]]:
     """The tensor as the ops see it that read it: through a quantizer, or as it is."""
-    found = []
+    found: list[tuple[Tensor, TensorQuantizer | None]] = []
     for user in node.users:
         quantizer = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-        found.append(quantizer(tensor) if isinstance(quantizer, TensorQuantizer) else tensor.detach())
+        through = isinstance(quantizer, TensorQuantizer)
+        found.append((quantizer(tensor), quantizer) if through else (tensor.detach(), None))  # type: ignore[arg-type, misc]
     return found
+
+
+def _codes_of(tensor: Tensor, quantizer: TensorQuantizer, turned: bool) -> Packed:
+    spec, (scale, zero) = quantizer.spec, quantizer.qparams
+    if quantizer.then is not None or spec.rounding == "stochastic":
+        raise StateError(
+            f"a weight with {spec} has no codes that stand for it",
+            where=quantizer.label,
+            remedy="Apply the weights without packed.",
+        )
+    codes = quantize(tensor.detach(), scale, zero, quantizer.block, spec.number_format, **quantizer.rounding)
+    return Packed(codes, scale, zero, quantizer.block, spec.number_format, tensor.shape, turned=turned)

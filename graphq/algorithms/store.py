@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphq.algorithms.base import ALGORITHMS
+from graphq.algorithms.packed import Packed
 from graphq.algorithms.results import WeightResult
 from graphq.algorithms.rows import weight_of
 from graphq.algorithms.scaling import FACTORS, WORD
 from graphq.config.spec import QuantSpec
 from graphq.errors import LoadError, StateError, did_you_mean
-from graphq.graph.on_disk import digest_of, on_disk, placeholder
+from graphq.graph.on_disk import SOURCE, digest_of, on_disk, placeholder, values_of
 from graphq.numerics.affine import dequantize
 
 ABOUT, SUFFIX = "about.json", ".weight.safetensors"
@@ -46,6 +47,13 @@ class ChosenWeight:
         spec, shape = self.spec, json.loads(self.about["shape"])
         matrix = dequantize(part["codes"], part["scale"], part["zero_point"], self.block, spec.number_format)
         return weight_of(matrix, shape, self.about["family"])
+
+    def packed(self, turned: bool) -> Packed:
+        """As a parametrization of a layer, of a weight that is transposed there or not."""
+        part, shape = self.tensors(), json.loads(self.about["shape"])
+        qparams = (part["scale"], part["zero_point"])
+        return Packed(part["codes"], *qparams, self.block, self.spec.number_format, shape, self.about["family"],
+                      turned=turned)  # fmt: skip
 
     @property
     def about(self) -> dict[str, str]:
@@ -176,10 +184,12 @@ def stored_weights(folder: str | Path) -> Iterator[ChosenWeight]:
 
 
 @torch.no_grad()
-def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
+def apply_stored(folder: str | Path, model: nn.Module, *, packed: bool = False) -> nn.Module:
     """Put the weights of a store into a model, in place, dequantized; returns the model.
 
-    Nothing is changed where one of them has no place there: LoadError.
+    packed: they stay codes, and are dequantized whenever their layer runs: less memory, more time, the same values.
+    The model may then be one on disk (`from_disk`); what the store does not have is read into memory. Nothing is
+    changed where one of them has no place there: LoadError.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     path, weights = Path(folder) / OTHERS, {w.parameter: w for w in stored_weights(folder)}
@@ -193,15 +203,31 @@ def apply_stored(folder: str | Path, model: nn.Module) -> nn.Module:
         )
     given: list[tuple[str, list[int], Tensor | ChosenWeight]] = [(n, list(t.shape), t) for n, t in others.items()]
     given += [(w.parameter, json.loads(w.about["shape"]), w) for w in weights.values()]
-    places = [_place_of(name, shape, parameters) for name, shape, _ in given]
+    places = [_place_of(name, shape, parameters, disk=packed) for name, shape, _ in given]
     for (known, turned), (_, _, new) in zip(places, given, strict=True):
+        if packed and isinstance(new, ChosenWeight):
+            new.packed(turned).put_into(model, known)
+            continue
         values = new.read() if isinstance(new, ChosenWeight) else new
-        known.copy_(values.T if turned else values)
+        _set(known, values.T if turned else values)
+    for parameter in model.parameters():
+        if on_disk(parameter):
+            _set(parameter, values_of(parameter))
     return model
 
 
-def _place_of(stored: str, shape: list[int], parameters: dict[str, nn.Parameter]) -> tuple[nn.Parameter, bool]:
-    """(the model's parameter, whether it is transposed there)."""
+def _set(parameter: nn.Parameter, values: Tensor) -> None:
+    if not on_disk(parameter):
+        parameter.copy_(values)
+        return
+    parameter.data = values.to(parameter.device, parameter.dtype).clone()
+    delattr(parameter, SOURCE)
+
+
+def _place_of(
+    stored: str, shape: list[int], parameters: dict[str, nn.Parameter], *, disk: bool
+) -> tuple[nn.Parameter, bool]:
+    """(the model's parameter, whether it is transposed there). disk: it may be one."""
     name, turned = original_name(stored, parameters)
     if name is None and stored.rpartition(".")[2].startswith(FACTORS):
         raise LoadError("these scales of channels stand between two ops, and the model has no op there",
@@ -209,9 +235,12 @@ def _place_of(stored: str, shape: list[int], parameters: dict[str, nn.Parameter]
     if name is None:
         raise LoadError("the model has no such parameter", where=stored, remedy=did_you_mean(stored, parameters))
     known = parameters[name]
-    if on_disk(known) or list(known.shape) != (shape[::-1] if turned else shape):
-        what = "this parameter on disk" if on_disk(known) else "another shape of this parameter"
-        raise LoadError(f"the model has {what}", where=stored, remedy="Give the model that was traced, in memory.")
+    if on_disk(known) and not disk:
+        raise LoadError("the model has this parameter on disk", where=stored,
+                        remedy="Give the model that was traced, in memory, or say packed=True.")  # fmt: skip
+    if list(known.shape) != (shape[::-1] if turned else shape):
+        raise LoadError("the model has another shape of this parameter", where=stored,
+                        remedy="Give the model that was traced.")  # fmt: skip
     return known, turned
 
 

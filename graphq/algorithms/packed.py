@@ -1,0 +1,86 @@
+"""Weights that stay packed in an eager model, and are dequantized when a layer uses them.
+
+They are parametrizations (`torch.nn.utils.parametrize`): the layers keep their classes and their code, whatever these
+are, and `state_dict` has the codes in place of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from graphq.algorithms.rows import weight_of
+from graphq.errors import StateError
+from graphq.numerics.affine import dequantize
+from graphq.numerics.formats import Format
+from graphq.numerics.packing import pack, unpack
+
+CONTAINERS = (2, 4)  # bits of codes that share a byte
+
+
+class Packed(nn.Module):
+    """The weight of a layer, from its codes.
+
+    codes: as `quantize` gives them, of the weight, or of it as a matrix of that family of ops (`rows.matrix_of`).
+    scale, zero_point: one per block of them. shape: of the weight; turned: the model has its transpose.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, block: Sequence[int], fmt: Format,
+        shape: Sequence[int], family: str = "linear", *, turned: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.block, self.format, self.turned, self.family = tuple(block), fmt, turned, family
+        self.shape, self.wide, self.storage = tuple(shape), codes.shape, codes.dtype
+        self.bits = next((b for b in CONTAINERS if fmt.bits <= b), 0)  # 0: each in its own storage
+        self.packed: Tensor | None = self._packed(codes)
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", _once(zero_point))
+
+    def forward(self, packed: Tensor) -> Tensor:
+        codes = packed
+        if self.bits:
+            codes, above = unpack(packed, self.bits, self.wide.numel()).reshape(self.wide), 8 - self.bits
+            if self.storage.is_signed:  # the highest bit of the container says so
+                codes = (codes << above).view(self.storage) >> above
+        zero = self.zero_point.expand_as(self.scale)
+        matrix = dequantize(codes, self.scale, zero, self.block, self.format)
+        weight = weight_of(matrix, self.shape, self.family).to(self.dtype)
+        return weight.T if self.turned else weight
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        """The codes, while they are put into a layer."""
+        if self.packed is None:
+            raise StateError(
+                "a packed weight has its codes, and takes no other values",
+                where=str(list(weight.shape)),
+                remedy="torch.nn.utils.parametrize.remove_parametrizations(layer, name) makes it float.",
+            )
+        self.dtype = weight.dtype
+        return (self.packed,)
+
+    def put_into(self, model: nn.Module, parameter: nn.Parameter) -> None:
+        """In place of a parameter, everywhere that the model has it."""
+        for module in list(model.modules()):
+            for leaf, value in list(module._parameters.items()):
+                if value is parameter:
+                    value.requires_grad_(False)
+                    parametrize.register_parametrization(module, leaf, self, unsafe=True)
+        self.packed = None  # the layers have it
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        if not self.bits:
+            return codes.clone()
+        return pack(codes.reshape(-1).to(torch.int16) & ((1 << self.bits) - 1), self.bits)
+
+
+def _once(zero_point: Tensor) -> Tensor:
+    """One value where all are the same."""
+    same = bool((zero_point == zero_point.reshape(-1)[0]).all())
+    return (zero_point.reshape(-1)[:1].reshape([1] * zero_point.ndim) if same else zero_point).clone()

@@ -225,6 +225,41 @@ def test_ticos_deepest_override_wins(views):
     assert formats(config, views, "output") == {**dict.fromkeys(ORDER), "mlp": "uint8"}
 
 
+QKV = {"prev_op": "input_layernorm", "layers": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
+ENTRIES = {"scaling_layers": [QKV], "model_decoder_layers": "model.layers"}
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "args"),
+    [
+        ({"name": "awq", **ENTRIES}, "awq", {"grid": 20, "duo": False, **ENTRIES}),
+        ({"name": "smooth", "alpha": 0.5, "scale_clamp_min": 0.001}, "smoothquant", {"alpha": 0.5}),
+        ("autosmoothquant", "smoothquant", {}),
+        ({"name": "gptq", "damp_percent": 0.02, "desc_act": False, "static_groups": False, "inside_layer_modules": []},
+         "gptq", {"damping": 0.02, "order": "none", "groups": "dynamic"}),
+    ],
+)  # fmt: skip
+def test_algorithms_of_quark_are_ours_by_its_words(given, name, args):
+    config = QuantConfig.from_quark({"algo_config": given})
+    assert [(a.name, a.args) for a in config.algorithms] == [(name, args)]
+    assert QuantConfig.from_quark({"algo_config": [given]}).algorithms == config.algorithms
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("max", []),
+        (None, []),
+        ("smoothquant", [("smoothquant", {"alpha": 1.0})]),
+        ({"method": "awq_lite", "alpha_step": 0.05}, [("awq", {"grid": 20, "duo": False})]),
+        (["max", {"method": "gptq", "percdamp": 0.1}], [("gptq", {"damping": 0.1})]),
+    ],
+)
+def test_algorithms_of_modelopt_are_ours_by_its_words(given, wanted):
+    config = QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": given})
+    assert [(a.name, a.args) for a in config.algorithms] == wanted
+
+
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
@@ -232,11 +267,13 @@ def test_ticos_deepest_override_wins(views):
         (lambda: QuantConfig.from_config_groups({"g": {"target": ["Linear"]}}), "'target'"),
         (lambda: QuantConfig.from_config_groups({"g": {"weights": {"num_bits": 5, "type": "float"}}}), "5 bits"),
         (lambda: QuantConfig.from_config_groups({"g": {"weights": {"actorder": "static"}}}), "GPTQ"),
-        (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": "awq_lite"}), "awq_lite"),
+        (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": "awq_clip"}), "imatrix_mse"),
+        (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": {"method": "gptq", "x": 1}}), "'x'"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*[kv]_bmm_quantizer": {"num_bits": 8}}}), "attention"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*weight_quantizer": {"bits": 8}}}), "'bits'"),
         (lambda: QuantConfig.from_quark({"global_quant_config": {"weight": {"dtype": "fp8_e5m3"}}}), "fp8_e5m3"),
-        (lambda: QuantConfig.from_quark({"algo_config": ["awq"]}), "algo"),
+        (lambda: QuantConfig.from_quark({"algo_config": {"name": "rotation"}}), "rotation"),
+        (lambda: QuantConfig.from_quark({"algo_config": [{"name": "gptq", "beta": 1}]}), "'beta'"),
         (lambda: QuantConfig.from_onecomp(num_layers=2), "counts layers"),
         (lambda: QuantConfig.from_tico({"weight": {"dtype": "uint8", "qscheme": "per_tensor_symm"}}), "asymmetric"),
         (lambda: QuantConfig.from_tico({"overrides": {"mlp": {"wait": {"dtype": "int8"}}}}), "no tensor"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from graphq.config.config import QuantConfig, Rule
 from graphq.config.imports import plain, take
+from graphq.config.imports.algorithms import modelopt_algorithms
 from graphq.config.known import LAYERS
 from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
@@ -24,16 +25,9 @@ ATTRIBUTES = (
 def from_modelopt(config: Mapping[str, Any], *, name: str = "modelopt") -> QuantConfig:
     """config: {"quant_cfg": list or dict, "algorithm": "max"}. Raises ConfigError for what has no counterpart."""
     fields = take(plain(config), "a ModelOpt config", ("quant_cfg", "algorithm"))
-    algorithm = fields.get("algorithm", "max")
-    method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
-    if method not in ("max", None):
-        raise ConfigError(
-            f"the algorithm {method!r} is not part of a config here",
-            remedy="Take the formats with algorithm 'max'; weight algorithms are chosen apart from them.",
-        )
     entries = fields["quant_cfg"]
     rules = [r for e in (_entries(entries) if isinstance(entries, Mapping) else entries) for r in _rules(e)]
-    return QuantConfig(name=name, rules=tuple(rules))
+    return QuantConfig(name=name, rules=tuple(rules), algorithms=modelopt_algorithms(fields.get("algorithm", "max")))
 
 
 def _entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:

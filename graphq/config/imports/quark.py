@@ -6,6 +6,7 @@ from typing import Any
 
 from graphq.config.config import QuantConfig, Rule
 from graphq.config.imports import plain, take
+from graphq.config.imports.algorithms import quark_algorithms
 from graphq.config.known import LAYERS
 from graphq.config.scheme import Scheme
 from graphq.config.spec import QuantSpec
@@ -32,8 +33,6 @@ FIELDS = (
 def from_quark(config: Any, *, name: str = "quark") -> QuantConfig:
     """config: the dict form of QConfig. Raises ConfigError for what has no counterpart."""
     c = take(plain(config), "a Quark config", LEVELS)
-    if c.get("algo_config"):
-        raise ConfigError("algorithms are not part of a config here", remedy="Leave algo_config out.")
     rules: list[Rule] = []
 
     def add(select: str, layer: Any, level: str, optional: bool = False) -> None:
@@ -48,7 +47,8 @@ def from_quark(config: Any, *, name: str = "quark") -> QuantConfig:
         add(pattern, layer, "layer")
     for pattern in c.get("exclude", ()):
         rules.append(Rule(select=pattern, scheme=None, optional=True, reason="Quark's exclude, which beats all"))
-    return QuantConfig(name=name, rules=tuple(rules))
+    algorithms = quark_algorithms(c["algo_config"]) if c.get("algo_config") else ()
+    return QuantConfig(name=name, rules=tuple(rules), algorithms=algorithms)
 
 
 def _scheme(layer: Any) -> Scheme:

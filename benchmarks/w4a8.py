@@ -36,9 +36,9 @@ METHODS = {  # name → (observer of the weights, bias correction, algorithms)
     "RTN": ("minmax", False, []),
     "MSE + bias correction": ("mse_grid", True, []),
     "GPTQ + bias correction": ("mse_grid", True, ["gptq"]),
-    "GPTQ + QEP + bias correction": ("mse_grid", True, [{"name": "gptq", "args": QEP}]),
+    "GPTQ + QEP": ("mse_grid", True, [{"name": "gptq", "args": QEP}]),
     "… ranges weighted by inputs": ("imatrix_mse", True, [{"name": "gptq", "args": QEP}]),
-    "AdaRound + QEP + bias correction": ("mse_grid", True, [{"name": "adaround", "args": QEP}]),
+    "AdaRound + QEP": ("mse_grid", True, [{"name": "adaround", "args": QEP}]),
 }
 
 

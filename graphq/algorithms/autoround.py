@@ -76,6 +76,7 @@ class _Walk:
                 if reason:
                     self.others[layer.node] = reason
                     continue
+                layer.compensates = True
                 self.sources[layer.node] = layer.node.args[0]  # type: ignore[assignment]
                 groups.setdefault(source, []).append(layer)
         if not groups:

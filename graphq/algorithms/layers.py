@@ -28,12 +28,13 @@ ALREADY = "an algorithm before this one has chosen it"
 @dataclass
 class Layer:
     """A linear, convolution or linear of experts, whose weight is quantized, and nobody else's. call: of the weight's
-    quantizer."""
+    quantizer. compensates: the weight that is chosen makes good what the layer's inputs have lost."""
 
     view: LayerView
     decision: Decision
     call: fx.Node
     quantizer: TensorQuantizer
+    compensates: bool = False
     before: tuple[fx.Node, str] | None = None  # weight and reason, while a weight has been chosen
 
     @property
@@ -111,7 +112,8 @@ class Layer:
         """Take this weight in its own shape, with scale and zero point of it as a matrix; each may be on disk."""
         read, rank = self.decision.weight, len(self.quantizer.block)
         assert read is not None
-        self.before, self.decision.original = (read, self.decision.reason), self._held()
+        self.before = (read, self.decision.reason)
+        self.decision.original = None if self.compensates else self._held()
         self.decision.weight = replace_read(self.view.gm, read, self.call, weight, name)
         self.decision.reason += f"; {note}"
         if rank > 2:

@@ -154,6 +154,8 @@ class _Walk:
             if not any(matches(selector, layer.view) for layer in every):
                 raise ConfigError(f"qep_exclude: {selector!r} selects no layer whose weight is chosen", where=name,
                                   remedy=did_you_mean(selector, {layer.view.path for layer in every}))  # fmt: skip
+        for layer in every:
+            layer.compensates = _wants(choose, ASYMMETRIC) or correct.wants(layer)
         self.shared = shared_magnitudes(gm)
         self.rounded = run.stream(gm, original=not propagate)
         self.exact = run.stream(gm, original=True) if correct.share or _wants(choose, ASYMMETRIC) else None

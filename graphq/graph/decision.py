@@ -21,7 +21,8 @@ class Decision:
         inside another op's kernel), "float", or "skip" (shapes, indices and masks: never quantized).
     kernel: the runtime op that will compute it. head: for "fuse", the op whose kernel takes it in.
     members: all ops of the kernel, the last one first. inputs: producer → spec of each edge to quantize.
-    output: spec of the result, where the kernel needs one. original: the weight before an algorithm chose its values.
+    output: spec of the result, where the kernel needs one. original: the weight before an algorithm chose its values,
+        unless these make good what the op's inputs have lost, so that its products are not to be those of the weight.
     more_weights: of an op with several; they take the weight's spec too.
     """
 

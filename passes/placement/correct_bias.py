@@ -67,8 +67,14 @@ def _correctable(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
         decision = decision_of(node)
         if decision is None or decision.action != "quantize" or parameter(gm, decision.bias) is None:
             continue
-        if LayerView(gm, node).family in ("conv", "linear"):
+        if LayerView(gm, node).family in ("conv", "linear") and not _compensates(gm, decision):
             yield node, decision
+
+
+def _compensates(gm: fx.GraphModule, decision: Decision) -> bool:
+    """Its weight was chosen so that mean outputs are those of the float model, whatever its inputs have lost."""
+    _, call = quantizer_calls(decision)
+    return call is not None and quantizer_at(gm, call).settled and decision.original is None
 
 
 def _product(view: LayerView, weight: Tensor, mean: Tensor) -> Tensor:

@@ -437,3 +437,22 @@ def test_each_group_of_a_convolution_weighs_errors_by_its_own_inputs():
     scales = [next(b for n, b in g.named_buffers() if n.endswith("scale")) for g in (own, other)]
     # patches see each input a little less often at the border, the mean over the input does not
     torch.testing.assert_close(scales[0].flatten(), scales[1].flatten(), rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize(
+    "algorithm, corrected",
+    [("gptq", True), ({"name": "gptq", "args": {"qep": 0.5}}, False), ("gptaq", False), ("autoround", False),
+     ({"name": "gptq", "args": {"qep": 0.5, "qep_exclude": "2"}}, None)],
+)  # fmt: skip
+def test_biases_are_left_alone_where_weights_make_good_what_inputs_have_lost(algorithm, corrected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    data = [torch.randn(2, 3, 8, 8) + 1 for _ in range(3)]
+    scheme = Scheme(
+        weight=QuantSpec(format="int3", granularity="channel"), input=QuantSpec(format="uint8", symmetric=False)
+    )
+    config = QuantConfig(rules=(Rule(select="conv", scheme=scheme),), bias_correction=True, algorithms=(algorithm,))
+    graph = graphq.calibrate(graphq.prepare(model, config, (data[0],)), data, progress=False)
+    found = [n.meta["graphq"].reason.endswith("bias corrected") for n in graph.graph.nodes
+             if n.op == "call_function" and "conv" in str(n.target)]  # fmt: skip
+    assert found == [False, True] if corrected is None else found == [corrected, corrected]

@@ -268,12 +268,12 @@ def export(graph: fx.GraphModule | Graphs, path: str | Path) -> Path | dict[str,
 @overload
 def quantize(
     model: Model, config: Config = ..., data: Any = ..., *, args: Args = ..., kwargs: Kwargs = ...,
-    target: Target | str = ..., dynamic_shapes: Any = ..., progress: bool = ...,
+    target: Target | str = ..., dynamic_shapes: Any = ..., progress: bool = ..., store: str | Path | None = ...,
 ) -> fx.GraphModule: ...  # fmt: skip
 @overload
 def quantize(
     model: Model, config: Config = ..., data: Any = ..., *, args: Args = ..., kwargs: Kwargs = ...,
-    target: Sequence[Target | str], dynamic_shapes: Any = ..., progress: bool = ...,
+    target: Sequence[Target | str], dynamic_shapes: Any = ..., progress: bool = ..., store: str | Path | None = ...,
 ) -> Graphs: ...  # fmt: skip
 def quantize(
     model: Model,
@@ -285,8 +285,10 @@ def quantize(
     target: Target | str | Sequence[Target | str] = "onnxruntime",
     dynamic_shapes: Any = "batch",
     progress: bool = True,
+    store: str | Path | None = None,
 ) -> fx.GraphModule | Graphs:
-    """prepare, calibrate and convert in one call. Without args and kwargs, the first batch of data is the example."""
+    """prepare, calibrate and convert in one call. Without args and kwargs, the first batch of data is the example.
+    store: see `calibrate`."""
     if data is None:
         raise CalibrationError("there is no calibration data", remedy=NO_DATA)
     args = (args,) if isinstance(args, Tensor) else args
@@ -304,4 +306,4 @@ def quantize(
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
         args, kwargs = first
     prepared: Any = prepare(model, config, args, kwargs, target=target, dynamic_shapes=dynamic_shapes)  # type: ignore[call-overload]
-    return convert(calibrate(prepared, data, progress=progress))  # type: ignore[no-any-return]
+    return convert(calibrate(prepared, data, progress=progress, store=store))  # type: ignore[no-any-return]

@@ -77,6 +77,9 @@ def quantize(
     float_onnx: Annotated[Path | None, typer.Option(help="Also write the float model here")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write an HTML report here")] = None,
     save: Annotated[Path | None, typer.Option(help="Also keep the graph, in this folder")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep chosen weights in this folder; a run that was stopped goes on from there")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the graph and every promise after every pass")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,7 +95,7 @@ def quantize(
     data = load_data(calibration, model, samples=samples)
     with checking(check):
         graphs = api.quantize(
-            source, settings, data, target=places, dynamic_shapes=_shapes(dynamic), progress=not as_json
+            source, settings, data, target=places, dynamic_shapes=_shapes(dynamic), progress=not as_json, store=store
         )
         files = api.export(graphs, output) if len(graphs) > 1 else {n: api.export(g, output) for n, g in graphs.items()}
     if float_onnx is not None:

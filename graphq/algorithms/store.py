@@ -112,6 +112,8 @@ class WeightStore:
                     where=str(self.folder),
                     remedy="Name a new folder, or delete this one; data that are shuffled differ every time.",
                 )
+            for part in self.folder.glob("*.part"):  # of a run that was killed
+                part.unlink()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / ABOUT, json.dumps(about, indent=1).encode())

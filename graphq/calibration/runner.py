@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import fx
 
 from graphq.calibration.batches import NO_DATA, batches_of, check_batch, images_together
@@ -46,8 +49,7 @@ def run_calibration(
     total = len(data) if hasattr(data, "__len__") else None
     count = 0
     limit = TOGETHER if together else 1
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not progress) as bar, torch.no_grad():
+    with _bar(show=progress) as bar, torch.no_grad():
         task = bar.add_task("calibrating", total=total)
         for many, (args, kwargs) in images_together(gm, itertools.chain([first], batches), limit):
             gm(*args, **kwargs)
@@ -57,8 +59,33 @@ def run_calibration(
 
 
 def progress_of(items: Iterable[T], label: str, *, show: bool) -> Iterator[T]:
-    """The items, with a bar that says how many are done and how long the rest will take."""
+    """The items, with a bar that says how many are done, how long the rest will take, and the memory in use."""
     items = list(items)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not show) as bar:
+    with _bar(show=show) as bar:
         yield from bar.track(items, description=label)
+
+
+def _bar(*, show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), _Memory())
+    return Progress(*columns, transient=True, disable=not show)
+
+
+class _Memory(ProgressColumn):
+    """Of the process, and of the accelerator where there is one."""
+
+    def render(self, task: Task) -> Text:
+        parts = [f"{n / 1e9:.1f} GB" for n in (resident(), device_memory()) if n]
+        return Text(" + ".join(parts), style="progress.remaining")
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say (it does on Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def device_memory() -> int:
+    """Bytes that tensors hold on the current CUDA device; 0 without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0

@@ -1,14 +1,17 @@
 """Small batches of images run together; everything else runs as it was given."""
 
 import collections
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import graphq
+from graphq.calibration import runner
 from graphq.calibration.batches import batches_of
-from graphq.calibration.runner import run_calibration
+from graphq.calibration.runner import resident, run_calibration
 from graphq.quantizer import quantizers
 
 
@@ -69,3 +72,12 @@ def test_batches_of_any_kind_of_mapping_go_to_the_device():
     batch = collections.UserDict(x=torch.ones(2), name="a")
     (args, kwargs), *_ = batches_of([batch], torch.device("meta"))
     assert args == () and kwargs["x"].device.type == "meta" and kwargs["name"] == "a"
+
+
+def test_the_bar_says_how_far_it_is_how_long_it_takes_and_what_memory_is_held(monkeypatch):
+    assert 1e8 < resident() < 1e11
+    task = SimpleNamespace(description="gptq")
+    assert re.fullmatch(r"\d+\.\d GB", runner._Memory().render(task).plain)
+    monkeypatch.setattr(runner, "device_memory", lambda: 2_500_000_000)
+    assert runner._Memory().render(task).plain.endswith(" GB + 2.5 GB")
+    assert list(runner.progress_of(range(3), "gptq", show=True)) == [0, 1, 2]

@@ -20,7 +20,7 @@ from graphq.config import QuantConfig
 from graphq.config.known import KNOWN_CONFIGS
 from graphq.config.presets import CONFIGS
 from graphq.config.spec import QuantSpec
-from graphq.errors import ExportError, GraphqError, TargetError, did_you_mean
+from graphq.errors import ExportError, GraphqError, StateError, TargetError, did_you_mean
 from graphq.evaluate.compare import Comparison, OutputMetrics
 from graphq.evaluate.compare import compare as compare_graphs
 from graphq.evaluate.taps import load_model as load_onnx
@@ -88,6 +88,8 @@ def quantize(
     Several targets share one calibration; model.onnx becomes model.onnxruntime.onnx, model.tensorrt.onnx, …
     """
     settings, places = QuantConfig.load(config), _targets(target, cpu, option)
+    if store is not None and len(places) > 1:
+        raise StateError("a store is for one target", where="--store", remedy="Name one --target.")
     for path in filter(None, (output, float_onnx, html, save)):
         if not path.parent.is_dir():
             raise ExportError("the folder does not exist", where=str(path.parent), remedy="Make it first.")

@@ -74,16 +74,16 @@ def tiny_data():
     return [torch.randn(2, 64) for _ in range(4)]
 
 
-def test_a_run_with_a_store_goes_on_from_there_and_leaves_no_halves(run, tmp_path):
+def test_a_run_with_a_store_goes_on_from_there_for_one_target(run, tmp_path):
     store, common = tmp_path / "store", ("test_cli:tiny_model", "--calibration", "test_cli:fixed_data", "--config")
     for name in ("a", "b"):
         result = run("quantize", *common, "int4_gptq", "-o", tmp_path / f"{name}.onnx", "--store", store)
         assert result.exit_code == 0, result.output
-        (store / "halves.123.part").write_bytes(b"")
     assert len(list(store.glob("*.weight.safetensors"))) == 2
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
-    run("quantize", *common, "int4_gptq", "-o", tmp_path / "c.onnx", "--store", store)
-    assert not list(store.glob("*.part"))
+    with pytest.raises(StateError, match="one target"):
+        run("quantize", *common, "int4_gptq", "-o", tmp_path / "c.onnx", "--store", store, "--target", "onnxruntime",
+            "--target", "openvino")  # fmt: skip
 
 
 def test_files_are_timed_in_the_runtime_that_they_were_made_for(run, tmp_path):

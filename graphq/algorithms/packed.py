@@ -6,7 +6,7 @@ are, and `state_dict` has the codes in place of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from graphq.numerics.formats import Format
 from graphq.numerics.packing import pack, unpack
 
 CONTAINERS = (2, 4)  # bits of codes that share a byte
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes
 
 
 class Packed(nn.Module):
@@ -40,11 +41,12 @@ class Packed(nn.Module):
         self.shape, self.wide, self.storage = tuple(shape), codes.shape, codes.dtype
         self.bits = next((b for b in CONTAINERS if fmt.bits <= b), 0)  # 0: each in its own storage
         self.packed: Tensor | None = self._packed(codes)
+        self.dtype = torch.float32
         self.register_buffer("scale", scale.clone())
         self.register_buffer("zero_point", _once(zero_point))
 
     def forward(self, packed: Tensor) -> Tensor:
-        codes = packed
+        codes = packed if self.bits else packed.view(self.storage)
         if self.bits:
             codes, above = unpack(packed, self.bits, self.wide.numel()).reshape(self.wide), 8 - self.bits
             if self.storage.is_signed:  # the highest bit of the container says so
@@ -67,6 +69,9 @@ class Packed(nn.Module):
 
     def put_into(self, model: nn.Module, parameter: nn.Parameter) -> None:
         """In place of a parameter, everywhere that the model has it."""
+        assert self.packed is not None
+        self.to(parameter.device)
+        self.packed = self.packed.to(parameter.device)
         for module in list(model.modules()):
             for leaf, value in list(module._parameters.items()):
                 if value is parameter:
@@ -75,9 +80,14 @@ class Packed(nn.Module):
         self.packed = None  # the layers have it
 
     def _packed(self, codes: Tensor) -> Tensor:
-        if not self.bits:
-            return codes.clone()
+        if not self.bits:  # small floats as integers, so that nobody casts them
+            return codes.clone().view(INTEGERS[codes.element_size()])
         return pack(codes.reshape(-1).to(torch.int16) & ((1 << self.bits) - 1), self.bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        """The model goes elsewhere, or becomes another dtype: then the weight does, and the scales stay as they are."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-any-return]
 
 
 def _once(zero_point: Tensor) -> Tensor:

@@ -198,6 +198,7 @@ def place_scales(gm: fx.GraphModule, smoothed: Sequence[tuple[str, bool]]) -> No
 
 def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) -> None:
     """Divide the tensor by the scale [in], where it is made or by a multiplication, and multiply the weights by it."""
+    scale = tied(gm, group)(scale) if fold else scale  # of a run that did not know of heads that share one of v
     for node in group.linears:
         decision = decision_of(node)
         assert decision is not None and decision.weight is not None

@@ -101,7 +101,7 @@ class WeightStore:
         self.folder = Path(folder)
         text = json.dumps(run)  # in its order: the last selector that fits counts
         about = {"graphq_weights": 1, "run": hashlib.sha256(text.encode()).hexdigest(), "config": run["config"]}
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):  # what a kill has left
             if not (self.folder / ABOUT).is_file():
                 raise StateError("this folder is not empty, and holds no weights of a run", where=str(self.folder),
                                  remedy="Name a new one.")  # fmt: skip
@@ -112,8 +112,6 @@ class WeightStore:
                     where=str(self.folder),
                     remedy="Name a new folder, or delete this one; data that are shuffled differ every time.",
                 )
-            for part in self.folder.glob("*.part"):  # of a run that was killed
-                part.unlink()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / ABOUT, json.dumps(about, indent=1).encode())

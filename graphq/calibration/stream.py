@@ -22,7 +22,7 @@ from graphq.graph.devices import device_of
 from graphq.graph.on_disk import values_of
 from graphq.graph.view import held
 from graphq.numerics.products import linear
-from graphq.observers.tokens import MASK
+from graphq.observers.tokens import MASK, tokens_that_count
 
 NOTHING: Mapping[fx.Node, Tensor] = {}
 FASTER: dict[Any, Any] = {torch.ops.aten.linear.default: linear}
@@ -54,7 +54,7 @@ class Stream:
             given = zip(inputs, flat_inputs(gm, args, kwargs), strict=True)
             self.frontier.append({n: v for n, v in given if self.last[n] >= 0})
             mask = (dict(zip(example_of(gm).dynamic_shapes, args, strict=False)) | kwargs).get(MASK)
-            self.masks.append(mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            self.masks.append(tokens_that_count(mask))
         if not len(self.frontier):
             raise CalibrationError("there is no calibration data: the iterable is empty", remedy=NO_DATA)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def from_disk(build: Callable[[], nn.Module], folder: str | Path, device: torch.
         for leaf, buffer in list(module._buffers.items()):
             source = sources.get(f"{path}.{leaf}".removeprefix("."))
             if buffer is not None:
-                module._buffers[leaf] = (_buffer(buffer, source) if isinstance(source, InFile) else buffer).to(device)
+                module._buffers[leaf] = (buffer if source is None else _buffer(buffer, source)).to(device)
     _expect_all_read(model, files, sources, folder)
     return model
 
@@ -54,7 +55,8 @@ def from_disk(build: Callable[[], nn.Module], folder: str | Path, device: torch.
 def _expect_all_read(model: nn.Module, files: Mapping[str, Path], sources: Mapping[str, Source], folder: Path) -> None:
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     read = {part.key for name in names & set(sources) for part in _parts(sources[name])}
-    unread = sorted(set(files) - read)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # transformers' word for it
+    unread = sorted(k for k in set(files) - read if not any(re.search(pattern, k) for pattern in ignored))
     if unread:
         raise LoadError(
             f"{len(unread)} tensors of the files have no place in the model: {', '.join(unread[:3])}, …",
@@ -69,8 +71,10 @@ def _parts(source: Source) -> list[InFile]:
     return [source] if isinstance(source, InFile) else []
 
 
-def _buffer(built: Tensor, source: InFile) -> Tensor:
+def _buffer(built: Tensor, source: Source) -> Tensor:
     """As it is in the files."""
+    if not isinstance(source, InFile):
+        return source.read().to(built.dtype)
     with safe_open(source.path, framework="pt") as file:
         return file.get_tensor(source.key).to(built.dtype).reshape(built.shape)
 

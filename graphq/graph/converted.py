@@ -7,6 +7,7 @@ knowledge, and so are the operations (`transformers.conversion_mapping`, from ve
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,11 @@ class Converted:
         converter = copy.deepcopy(self.converter)
         for pattern, part in self.parts:
             converter.add_tensor(self.name, part.key, pattern, part.read())
-        found = converter.convert(self.name, config=self.config).get(self.name)
+        try:
+            found = converter.convert(self.name, config=self.config).get(self.name)
+        except Exception as e:  # of transformers' operations, which raise what they like
+            raise LoadError(f"transformers does not convert the files' tensors: {e}", where=self.name,
+                            remedy="Load the model into memory: from_pretrained.") from e  # fmt: skip
         value = found[0] if isinstance(found, list) else found
         if not isinstance(value, Tensor) or tuple(value.shape) != self.shape:
             what = "nothing" if value is None else f"{list(value.shape)} instead of {list(self.shape)}"
@@ -54,7 +59,8 @@ def names_in_model(model: nn.Module, files: Mapping[str, Path]) -> dict[str, Sou
         return plain
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    shapes = {name: tuple(t.shape) for name, t in tensors}
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     config = getattr(model, "config", None)
@@ -62,8 +68,9 @@ def names_in_model(model: nn.Module, files: Mapping[str, Path]) -> dict[str, Sou
     parts: dict[str, list[tuple[str, InFile]]] = {}
     for key in sorted(files, key=_in_counting_order):
         name, pattern = rename_source_key(key, renamings, converters)
-        if pattern is None or key in shapes:
-            found[key if key in shapes else name] = plain[key]
+        unchanged = name not in shapes and key in shapes
+        if pattern is None or unchanged:
+            found[key if unchanged else name] = plain[key]
             continue
         converter = next(c for c in converters if pattern in c.source_patterns)
         before, _, behind = name.partition(converter.target_patterns[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -14,8 +15,15 @@ class TokenMask(nn.Module):
 
     value: Tensor | None = None
 
-    def forward(self, mask: Tensor) -> None:
-        self.value = mask.detach().bool() if mask.ndim == 2 else None
+    def forward(self, mask: Tensor | None) -> None:
+        self.value = tokens_that_count(mask)
+
+
+def tokens_that_count(mask: Any) -> Tensor | None:
+    """[n, length] of an input of that name, if it is such a mask: no other constant, and none that is added."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (mask.is_floating_point() and bool((mask < 0).any())):
+        return None
+    return mask.detach().bool()
 
 
 MaskWatchers = Sequence[tuple[fx.Node, TokenMask]]
@@ -32,10 +40,8 @@ def mask_of(watchers: MaskWatchers) -> Tensor | None:
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[n, length, channels], or [n · length, channels] → rows [m, channels] of the tokens that count. Of tensors of
-    other shapes all rows do."""
+    """[n, length, channels] → rows [m, channels] of the tokens that count. Of tensors of other shapes all rows do: in
+    which order tokens lie there is not known."""
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask]
-    if mask is not None and x.shape[:-1] == (mask.numel(),):
-        return x[mask.reshape(-1)]
     return x.reshape(-1, x.shape[-1])

@@ -76,6 +76,27 @@ def test_a_state_dict_of_packed_weights_goes_into_another_model():
         packed.lin.weight = torch.zeros(32, 32)
 
 
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_a_packed_model_may_become_another_dtype_and_keeps_its_scales(name):
+    torch.manual_seed(0)
+    model, spec = Mixed().eval(), QuantSpec(**SPECS[name])
+    graph = calibrated(model, spec, "linear | embedding")
+    packed = graphq.apply_weights(graph, model, packed=True)
+    scale, size = packed.lin.parametrizations.weight[0].scale.clone(), bytes_of(packed)
+    half = packed.to(torch.bfloat16)
+    want = graphq.apply_weights(graph, model).to(torch.bfloat16)
+    assert half(IDS[0]).dtype == torch.bfloat16 and torch.equal(half(IDS[0]), want(IDS[0]))
+    assert torch.equal(half.lin.parametrizations.weight[0].scale, scale) and bytes_of(half) < size
+    elsewhere = half.to("meta")
+    assert {t.device.type for t in (*elsewhere.parameters(), *elsewhere.buffers())} == {"meta"}
+
+
+def test_packed_weights_go_where_the_model_is():
+    model, spec = Mixed().eval(), QuantSpec(**SPECS["int4"])
+    packed = graphq.apply_weights(calibrated(model, spec, "linear"), copy.deepcopy(model).to("meta"), packed=True)
+    assert {t.device.type for t in (*packed.parameters(), *packed.buffers())} == {"meta"}
+
+
 def test_a_weight_that_is_quantized_twice_is_not_packed():
     model = Mixed().eval()
     spec = QuantSpec(format="fp8_e4m3", granularity="channel", then=QuantSpec(format="int4", **GROUPS))

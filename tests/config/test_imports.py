@@ -272,7 +272,13 @@ def test_algorithms_of_modelopt_are_ours_by_its_words(given, wanted):
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*[kv]_bmm_quantizer": {"num_bits": 8}}}), "attention"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*weight_quantizer": {"bits": 8}}}), "'bits'"),
         (lambda: QuantConfig.from_quark({"global_quant_config": {"weight": {"dtype": "fp8_e5m3"}}}), "fp8_e5m3"),
+        (
+            lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": {"method": "awq_lite", "alpha_step": 0}}),
+            "no grid",
+        ),
         (lambda: QuantConfig.from_quark({"algo_config": {"name": "rotation"}}), "rotation"),
+        (lambda: QuantConfig.from_quark({"algo_config": {"name": "smooth", "scale_clamp_min": 0.1}}), "lower bound"),
+        (lambda: QuantConfig.from_quark({"algo_config": {"name": "gptq", "true_sequential": False}}), "rounded layers"),
         (lambda: QuantConfig.from_quark({"algo_config": [{"name": "gptq", "beta": 1}]}), "'beta'"),
         (lambda: QuantConfig.from_onecomp(num_layers=2), "counts layers"),
         (lambda: QuantConfig.from_tico({"weight": {"dtype": "uint8", "qscheme": "per_tensor_symm"}}), "asymmetric"),

@@ -1,15 +1,20 @@
 """Checkpoints of transformers whose tensors have other names, or are several where the model has one."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import graphq
 from causal_lm import Logits
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
 from graphq.errors import LoadError
+from graphq.graph.checkpoint import INDEX
 from graphq.graph.on_disk import on_disk, values_of
 
 hf = pytest.importorskip("transformers", minversion="5.0")
+loading = pytest.importorskip("transformers.core_model_loading")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
     "num_key_value_heads": 2, "tie_word_embeddings": False, "use_cache": False, "attn_implementation": "sdpa",
@@ -31,8 +36,9 @@ def saved(kind, folder):
     config = getattr(hf, f"{kind}Config")(**{**SIZES, **KINDS[kind]})
     cls = getattr(hf, f"{kind}ForCausalLM")
     model = cls(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "inv_freq" not in name:  # which the config makes
+            tensor.data.normal_()
     model.save_pretrained(folder, max_shard_size="30KB")
     return model, lambda: cls(config)
 
@@ -43,6 +49,8 @@ def test_experts_in_separate_tensors_are_read_as_the_model_has_them(kind, tmp_pa
     disk = graphq.from_disk(build, tmp_path)
     for (name, wanted), (other, found) in zip(model.named_parameters(), disk.named_parameters(), strict=True):
         assert name == other and on_disk(found) and torch.equal(values_of(found), wanted), name
+    for (name, wanted), (other, found) in zip(model.named_buffers(), disk.named_buffers(), strict=True):
+        assert name == other and torch.equal(found, wanted), name
 
 
 def test_gptq_of_experts_on_disk_gives_what_it_gives_in_memory(tmp_path):
@@ -59,6 +67,27 @@ def test_gptq_of_experts_on_disk_gives_what_it_gives_in_memory(tmp_path):
     one, two = ({w.parameter: w.read() for w in graphq.stored_weights(tmp_path / n)} for n in ("memory", "disk"))
     assert one.keys() == two.keys() and sum(w.ndim == 3 for w in one.values()) == 2
     assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_tensors_that_transformers_leaves_out_are_left_out(tmp_path, monkeypatch):
+    _, build = saved("Mixtral", tmp_path)
+    name = "model-extra.safetensors"
+    save_file({"mtp.layers.0.weight": torch.zeros(2, 2)}, tmp_path / name)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["mtp.layers.0.weight"] = name
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=r"mtp\.layers\.0"):
+        graphq.from_disk(build, tmp_path)
+    monkeypatch.setattr(hf.MixtralForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
+    assert graphq.from_disk(build, tmp_path) is not None
+
+
+def test_a_converter_that_fails_says_of_which_parameter(tmp_path, monkeypatch):
+    _, build = saved("Mixtral", tmp_path)
+    model = graphq.from_disk(build, tmp_path)
+    monkeypatch.setattr(loading.MergeModulelist, "convert", lambda *a, **k: 1 / 0)
+    with pytest.raises(LoadError, match=r"layers.0.mlp.experts.down_proj"):
+        values_of(model.model.layers[0].mlp.experts.down_proj)
 
 
 def test_tensors_of_which_the_model_makes_nothing_are_named(tmp_path):

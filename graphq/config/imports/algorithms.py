@@ -1,7 +1,7 @@
 """Weight algorithms in the configs of other systems, in our words.
 
-What they say of the order and the names of layers is left out, since the graph knows it (Quark's
-`inside_layer_modules`); what would change the result and has no counterpart is an error.
+What they say of the order of layers is left out, since the graph knows it. Quark's `inside_layer_modules` too: here
+GPTQ chooses every weight that a rule quantizes. What else would change the result and has no counterpart is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ QUARK = {
     "gptq": ("block_size", "damp_percent", "desc_act", "static_groups", "true_sequential", "inside_layer_modules",
              "model_decoder_layers"),
 }  # fmt: skip
+QUARK_CLAMP = 1e-3  # its default, far below any scale that a search chooses
 OUR_NAMES = {"smooth": "smoothquant", "autosmoothquant": "smoothquant"}
 MODELOPT = {
     "smoothquant": ("alpha",), "awq_lite": ("alpha_step",), "gptq": ("percdamp", "block_size"),
@@ -45,6 +46,10 @@ def _of_quark(fields: dict[str, Any]) -> Algorithm:
         order = "activation" if f.get("desc_act", True) else "none"
         groups = "static" if f.get("static_groups", True) else "dynamic"
         return Algorithm(name="gptq", args={"damping": f.get("damp_percent", 0.01), "order": order, "groups": groups})
+    if f.get("scale_clamp_min", QUARK_CLAMP) != QUARK_CLAMP:
+        raise ConfigError(
+            "scales have a lower bound of their own here", where="scale_clamp_min", remedy="Leave it out."
+        )
     args: dict[str, Any] = {"alpha": f.get("alpha", 1.0)} if name == "smooth" else {}
     args |= {"grid": 20, "duo": False} if name == "awq" else {}
     if f.get("scaling_layers"):
@@ -71,5 +76,8 @@ def _of_modelopt(fields: dict[str, Any]) -> Algorithm | None:
     if method == "smoothquant":
         return Algorithm(name="smoothquant", args={"alpha": f.get("alpha", 1.0)})
     if method == "awq_lite":
-        return Algorithm(name="awq", args={"grid": round(1 / f.get("alpha_step", 0.1)), "duo": False})
+        step = f.get("alpha_step", 0.1)
+        if not 0 < step <= 1:
+            raise ConfigError(f"a step of {step} gives no grid from 0 to 1", where="alpha_step", remedy="Say 0.1.")
+        return Algorithm(name="awq", args={"grid": round(1 / step), "duo": False})
     return Algorithm(name="gptq", args={"damping": f.get("percdamp", 0.01)})

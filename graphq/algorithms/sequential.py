@@ -56,6 +56,7 @@ class Moments:
     unseen: tuple[int, ...] = ()
 
 
+ENOUGH = 0.1  # share of qep from which a weight makes good more than the correction of its bias would
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
 BY_ROW = "graphq_by_row"  # … whose rows know nothing of each other
 ASYMMETRIC = "graphq_asymmetric"  # … that wants to know what the inputs have lost
@@ -155,7 +156,7 @@ class _Walk:
                 raise ConfigError(f"qep_exclude: {selector!r} selects no layer whose weight is chosen", where=name,
                                   remedy=did_you_mean(selector, {layer.view.path for layer in every}))  # fmt: skip
         for layer in every:
-            layer.compensates = _wants(choose, ASYMMETRIC) or correct.wants(layer)
+            layer.compensates = _wants(choose, ASYMMETRIC) or (correct.wants(layer) and correct.share >= ENOUGH)
         self.shared = shared_magnitudes(gm)
         self.rounded = run.stream(gm, original=not propagate)
         self.exact = run.stream(gm, original=True) if correct.share or _wants(choose, ASYMMETRIC) else None

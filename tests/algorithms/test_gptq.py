@@ -442,6 +442,7 @@ def test_each_group_of_a_convolution_weighs_errors_by_its_own_inputs():
 @pytest.mark.parametrize(
     "algorithm, corrected",
     [("gptq", True), ({"name": "gptq", "args": {"qep": 0.5}}, False), ("gptaq", False), ("autoround", False),
+     ({"name": "gptq", "args": {"qep": 0.05}}, True),
      ({"name": "gptq", "args": {"qep": 0.5, "qep_exclude": "2"}}, None)],
 )  # fmt: skip
 def test_biases_are_left_alone_where_weights_make_good_what_inputs_have_lost(algorithm, corrected):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from graphq.algorithms.packed import Packed
 from graphq.algorithms.store import original_name
 from graphq.errors import StateError
+from graphq.graph.on_disk import on_disk
 from graphq.graph.view import parameter
 from graphq.numerics.affine import quantize
 from graphq.qat import FOLDED
@@ -28,13 +29,18 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool 
     them.
 
     packed: quantized weights stay codes, and are dequantized whenever their layer runs: less memory, more time, the
-    same values. They are parametrizations of their layers; keep the model with its `state_dict`. Raises StateError for
-    graphs of another stage, for other models, and for graphs with tensors that the model has no place for: folded batch
-    norms, scales of channels that stand between two ops.
+    same values. They are parametrizations of their layers. Raises StateError for models on disk, for graphs of another
+    stage, for other models, and for graphs with tensors that the model has no place for: folded batch norms, scales of
+    channels that stand between two ops.
     """
     if calibrated.meta.get("graphq_stage") != "calibrated" or FOLDED in calibrated.meta:
         raise StateError(
             "weights are applied from a calibrated graph", remedy="Call graphq.prepare and graphq.calibrate first."
+        )
+    if any(on_disk(p) for p in model.parameters()):
+        raise StateError(
+            "the weights of this model are on disk, and a copy would not be",
+            remedy="Give it in memory; or calibrate with a store: graphq.apply_stored(store, model, packed=True).",
         )
     result = copy.deepcopy(model)
     state = dict(result.named_parameters(remove_duplicate=False)) | dict(result.named_buffers(remove_duplicate=False))

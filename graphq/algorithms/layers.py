@@ -16,7 +16,7 @@ from graphq.graph.decision import Decision, decision_of
 from graphq.graph.on_disk import on_disk, values_of
 from graphq.graph.view import LayerView, held, parameter
 from graphq.numerics.formats import SharedExponents
-from graphq.observers.tokens import counted
+from graphq.observers.tokens import counted, flattened
 from graphq.passes.placement import quantizer_at, quantizer_calls
 from graphq.quantizer import TensorQuantizer
 
@@ -196,7 +196,8 @@ def input_rows(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """What rows of the matrix are multiplied with, [groups, rows, K / groups]; tokens that do not count left out. Not
     of experts, which have rows of their own."""
     if layer.view.family == "linear":
-        return counted(x, mask).float()[None]
+        flat = mask is not None and flattened(_source(layer.node))
+        return counted(x, mask.reshape(-1) if flat else mask).float()[None]  # type: ignore[union-attr]
     args, groups, _ = layer.shape()
     rows = (patches if layer.view.family == "conv" else spread)(x.float(), layer.weight, *args)
     return torch.stack([part.flatten(1) for part in rows.chunk(groups, -1)])

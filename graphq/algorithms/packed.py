@@ -7,6 +7,7 @@ are, and `state_dict` has the codes in place of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,15 @@ class Packed(nn.Module):
         assert self.packed is not None
         self.to(parameter.device)
         self.packed = self.packed.to(parameter.device)
+        codes: nn.Parameter | None = None
         for module in list(model.modules()):
             for leaf, value in list(module._parameters.items()):
-                if value is parameter:
-                    value.requires_grad_(False)
-                    parametrize.register_parametrization(module, leaf, self, unsafe=True)
+                if value is not parameter:
+                    continue
+                value.requires_grad_(False)
+                parametrize.register_parametrization(module, leaf, self, unsafe=True)
+                held: Any = module.parametrizations[leaf]  # type: ignore[index, union-attr]
+                held.original0 = codes = codes if codes is not None else held.original0  # tied, wherever the model goes
         self.packed = None  # the layers have it
 
     def _packed(self, codes: Tensor) -> Tensor:
@@ -87,7 +92,12 @@ class Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """The model goes elsewhere, or becomes another dtype: then the weight does, and the scales stay as they are."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-any-return]
+
+        def elsewhere(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(elsewhere, recurse)  # type: ignore[no-any-return]
 
 
 def _once(zero_point: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.graph.on_disk import on_disk
-from graphq.observers.tokens import MaskWatchers, TokenMask, counted, mask_of, mask_watchers
+from graphq.observers.tokens import MaskWatchers, TokenMask, counted, mask_of, mask_watchers, masks_for
 
 
 class RowSamples(nn.Module):
@@ -74,13 +74,13 @@ def rows_of(
     if any(on_disk(t) for t in itertools.chain(gm.parameters(), gm.buffers())):
         stream, mask = run.stream(gm), TokenMask()
         for name, source in sources.items():
-            seen = RowSamples(most, () if padding else [(source, mask)])
+            seen = RowSamples(most, () if padding else masks_for(source, [(source, mask)]))
             for x, mask.value in zip(stream.until(source), stream.masks, strict=True):
                 seen(x)
             yield name, seen
         return
     masks = [] if padding else mask_watchers(gm)
-    every = {name: RowSamples(most, masks) for name in sources}
+    every = {name: RowSamples(most, masks_for(source, masks)) for name, source in sources.items()}
     run([*masks, *((source, every[name]) for name, source in sources.items())])
     for name in sources:
         yield name, every.pop(name)  # not needed after this

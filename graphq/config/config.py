@@ -100,7 +100,9 @@ class QuantConfig(ConfigModel):
     ignore: tuple[Selector, ...] = Field((), description="Selectors of layers that stay float whatever the rules say.")
     algorithms: tuple[Algorithm, ...] = Field((), description="In order; a name stands for one with its defaults.")
     bias_correction: bool = Field(
-        False, description="Take what rounded weights add to a layer's mean output off its bias (static schemes)."
+        False,
+        description="Take what rounded weights add to a layer's mean output off its bias (static schemes; not where an "
+        "algorithm has made the weight good for what its inputs have lost: QEP, GPTAQ, AutoRound).",
     )
 
     @field_serializer("ignore")

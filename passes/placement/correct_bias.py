@@ -2,7 +2,8 @@
 
 A layer computes (W + E)·x + b with the rounding error E of its weights, which is off by E·mean(x) on average. After a
 relu the mean of x is most of x, and so most of the error goes (Nagel et al., 2019, "Data-Free Quantization Through
-Weight Equalization and Bias Correction"; here the mean comes from the calibration data).
+Weight Equalization and Bias Correction"; here the mean comes from the calibration data). A weight that an algorithm has
+chosen to make good what its inputs have lost (QEP, GPTAQ, AutoRound) keeps its bias: the correction would undo that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from graphq.graph.decision import Decision, decision_of
 from graphq.graph.view import LayerView, parameter, set_parameter
 from graphq.observers.mean import ChannelMean
-from graphq.observers.tokens import MaskWatchers
+from graphq.observers.tokens import MaskWatchers, masks_for
 
 from .edges import channels_read, quantizer_at, quantizer_calls
 
@@ -25,7 +26,7 @@ Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read 
 def mean_watchers(gm: fx.GraphModule, masks: MaskWatchers = ()) -> Watchers:
     """A watcher for the input of every op whose bias can be corrected. masks: see `ChannelMean`."""
     keys = dict.fromkeys(channels_read(gm, n, d) for n, d in _correctable(gm))
-    return {key: ChannelMean(key[1], masks=masks) for key in keys}
+    return {key: ChannelMean(key[1], masks=masks_for(key[0], masks)) for key in keys}
 
 
 def mean_products(gm: fx.GraphModule, watchers: Watchers, *, original: bool = False) -> dict[str, Tensor]:
@@ -59,15 +60,23 @@ def correct_bias(gm: fx.GraphModule, watchers: Watchers, wanted: dict[str, Tenso
         node.replace_input_with(old, new)
         decision.bias = new
         decision.reason += "; bias corrected"
+    for _, decision in _biased(gm):
+        if _compensates(gm, decision):
+            decision.reason += "; bias left as it is: the weight makes good what its inputs have lost"
     gm.recompile()
 
 
 def _correctable(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
+    return ((node, decision) for node, decision in _biased(gm) if not _compensates(gm, decision))
+
+
+def _biased(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Decision]]:
+    """Quantized ops with a weight and a bias."""
     for node in gm.graph.nodes:
         decision = decision_of(node)
         if decision is None or decision.action != "quantize" or parameter(gm, decision.bias) is None:
             continue
-        if LayerView(gm, node).family in ("conv", "linear") and not _compensates(gm, decision):
+        if LayerView(gm, node).family in ("conv", "linear"):
             yield node, decision
 
 

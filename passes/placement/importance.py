@@ -14,7 +14,7 @@ from graphq.graph.decision import decision_of
 from graphq.graph.view import LayerView, parameter
 from graphq.observers.mean import ChannelMean
 from graphq.observers.mse_grid import WeightedMseGrid
-from graphq.observers.tokens import MaskWatchers
+from graphq.observers.tokens import MaskWatchers, masks_for
 
 from .edges import quantizer_at, quantizer_calls
 
@@ -25,7 +25,7 @@ Watchers = dict[tuple[fx.Node, int], ChannelMean]  # by the tensor that is read 
 def importance_watchers(gm: fx.GraphModule, masks: MaskWatchers = ()) -> Watchers:
     """A watcher for the input of every op whose weight's range is found with importance. masks: see `ChannelMean`."""
     keys = {(source, _axis(view, weight)) for view, source, weight, _ in _weighted(gm)}
-    return {(source, axis): ChannelMean(axis, power=2, masks=masks) for source, axis in sorted(keys)}
+    return {(source, axis): ChannelMean(axis, power=2, masks=masks_for(source, masks)) for source, axis in sorted(keys)}
 
 
 def _axis(view: LayerView, weight: Tensor) -> int:

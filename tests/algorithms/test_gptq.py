@@ -9,6 +9,7 @@ from torch import nn
 
 import graphq
 from graphq import QuantConfig, QuantSpec, Rule, Scheme
+from graphq.algorithms import autoround as autoround_module
 from graphq.algorithms import sequential
 from graphq.algorithms.gptq import gptq, inverse_factor
 from graphq.algorithms.grid import Grid
@@ -457,3 +458,20 @@ def test_biases_are_left_alone_where_weights_make_good_what_inputs_have_lost(alg
     found = [n.meta["graphq"].reason.endswith("bias corrected") for n in graph.graph.nodes
              if n.op == "call_function" and "conv" in str(n.target)]  # fmt: skip
     assert found == [False, True] if corrected is None else found == [corrected, corrected]
+
+
+def test_the_bias_of_a_weight_that_was_taken_back_to_the_nearest_is_corrected(monkeypatch, tmp_path):
+    monkeypatch.setattr(autoround_module._Rounding, "step", lambda self, rate: self.up.data.uniform_(-0.5, 0.5))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    data = [torch.randn(2, 3, 8, 8) + 1 for _ in range(3)]
+    inputs = QuantSpec(format="uint8", symmetric=False)
+    scheme = Scheme(weight=QuantSpec(format="int3", granularity="channel"), input=inputs)
+    config = QuantConfig(rules=(Rule(select="conv", scheme=scheme),), bias_correction=True, algorithms=("autoround",))
+    for _ in range(2):  # and what the store gives back
+        graph = graphq.prepare(model, config, (data[0],))
+        graphq.calibrate(graph, data, progress=False, store=tmp_path / "store")
+        reasons = [n.meta["graphq"].reason for n in graph.graph.nodes
+                   if n.op == "call_function" and "conv" in str(n.target)]  # fmt: skip
+        assert len(reasons) == 2 and all(("bias corrected" in r) is ("held-out data" in r) for r in reasons)
+        assert any("bias corrected" in r for r in reasons)

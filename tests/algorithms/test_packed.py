@@ -91,6 +91,34 @@ def test_a_packed_model_may_become_another_dtype_and_keeps_its_scales(name):
     assert {t.device.type for t in (*elsewhere.parameters(), *elsewhere.buffers())} == {"meta"}
 
 
+def test_a_packed_model_without_memory_is_filled_from_a_state_dict():
+    model, spec = Mixed().eval(), QuantSpec(**SPECS["fp8"])
+    graph = calibrated(model, spec, "linear | embedding")
+    packed = graphq.apply_weights(graph, model, packed=True)
+    empty = copy.deepcopy(packed).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(packed.state_dict())
+    assert torch.equal(empty(IDS[0]), packed(IDS[0]))
+
+
+def test_a_tied_weight_is_packed_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 64, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    model, spec = Tied().eval(), QuantSpec(**SPECS["int4"])
+    graph = calibrated(model, spec, "linear | embedding")
+    packed = graphq.apply_weights(graph, model, packed=True)
+    one, other = (m.parametrizations.weight for m in (packed.table, packed.head))
+    assert one.original0 is other.original0 and one[0] is other[0]
+    assert torch.equal(packed(IDS[0]), graphq.apply_weights(graph, model)(IDS[0]))
+    assert sum(p.numel() for p in packed.parameters()) == 64 * 32 // 2
+
+
 def test_packed_weights_go_where_the_model_is():
     model, spec = Mixed().eval(), QuantSpec(**SPECS["int4"])
     packed = graphq.apply_weights(calibrated(model, spec, "linear"), copy.deepcopy(model).to("meta"), packed=True)
@@ -116,6 +144,8 @@ def test_a_checkpoint_larger_than_memory_becomes_a_packed_model_that_generates(t
     spec = QuantSpec(format="int4", **GROUPS)
     disk = graphq.from_disk(build, tmp_path / "model")
     graph = calibrated(Logits(disk), spec, "*_proj", "awq", "gptq", store=tmp_path / "store")
+    with pytest.raises(StateError, match="apply_stored"):
+        graphq.apply_weights(graph, Logits(disk), packed=True)
     packed = graphq.apply_stored(tmp_path / "store", Logits(graphq.from_disk(build, tmp_path / "model")), packed=True)
     packed = packed.model
     assert torch.equal(packed(IDS[0]).logits, graphq.fold_weights(graph)(IDS[0]))

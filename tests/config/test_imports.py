@@ -269,6 +269,7 @@ def test_algorithms_of_modelopt_are_ours_by_its_words(given, wanted):
         (lambda: QuantConfig.from_config_groups({"g": {"weights": {"actorder": "static"}}}), "GPTQ"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": "awq_clip"}), "imatrix_mse"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": {"method": "gptq", "x": 1}}), "'x'"),
+        (lambda: QuantConfig.from_modelopt({"quant_cfg": [], "algorithm": {"method": "max", "x": 1}}), "'x'"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*[kv]_bmm_quantizer": {"num_bits": 8}}}), "attention"),
         (lambda: QuantConfig.from_modelopt({"quant_cfg": {"*weight_quantizer": {"bits": 8}}}), "'bits'"),
         (lambda: QuantConfig.from_quark({"global_quant_config": {"weight": {"dtype": "fp8_e5m3"}}}), "fp8_e5m3"),

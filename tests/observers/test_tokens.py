@@ -13,18 +13,22 @@ from graphq.quantizer import quantizers
 class Encoder(nn.Module):
     """Attends to nothing, so that tokens do not see each other."""
 
-    def __init__(self):
+    def __init__(self, flat):
         super().__init__()
+        self.flat = flat
         self.table, self.first, self.second = nn.Embedding(20, 16), nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, input_ids, attention_mask):
         x = self.table(input_ids)
-        return self.second(self.first(x).relu()) * attention_mask[..., None]
+        y = self.first(x.flatten(0, 1) if self.flat else x).relu()
+        if self.flat:  # as GPT-2 does: to and fro
+            y = y.unflatten(0, x.shape[:2]).flatten(0, 1)
+        return self.second(y).reshape(x.shape) * attention_mask[..., None]
 
 
-def calibrated(filler, observer, correct):
+def calibrated(filler, observer, correct, flat, *algorithms):
     torch.manual_seed(0)
-    model = Encoder().eval()
+    model = Encoder(flat).eval()
     model.table.weight.data[19] *= 50
     ids = torch.randint(0, 19, (4, 3, 8))
     mask = torch.ones_like(ids)
@@ -33,7 +37,7 @@ def calibrated(filler, observer, correct):
     weight = QuantSpec(format="int4", granularity="channel", observer=observer)
     inputs = QuantSpec(format="int8", observer="fixed", observer_args={"lo": -4, "hi": 4})
     scheme = Scheme(weight=weight, input=inputs if correct else None)
-    config = QuantConfig(rules=(Rule(select="linear", scheme=scheme),), bias_correction=correct)
+    config = QuantConfig(rules=(Rule(select="linear", scheme=scheme),), bias_correction=correct, algorithms=algorithms)
     graph = graphq.prepare(model, config, kwargs=data[0], target="simulation")
     graphq.calibrate(graph, data, progress=False)
     return {n: t for n, t in graph.named_buffers() if "corrected" in n} | {
@@ -42,8 +46,10 @@ def calibrated(filler, observer, correct):
 
 
 @pytest.mark.parametrize("observer, correct", [("imatrix_mse", False), ("minmax", True)])
-def test_what_a_mask_leaves_out_does_not_count(observer, correct):
-    one, other = (calibrated(filler, observer, correct) for filler in (0, 19))
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("algorithms", [(), ("awq", "gptq")])
+def test_what_a_mask_leaves_out_does_not_count(observer, correct, flat, algorithms):
+    one, other = (calibrated(filler, observer, correct, flat, *algorithms) for filler in (0, 19))
     assert one.keys() == other.keys() and len(one) >= (6 if correct else 2)
     assert all(torch.equal(one[n], other[n]) for n in one)
 

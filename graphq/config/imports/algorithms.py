@@ -67,6 +67,7 @@ def modelopt_algorithms(value: Any) -> tuple[Algorithm, ...]:
 def _of_modelopt(fields: dict[str, Any]) -> Algorithm | None:
     method = fields.pop("method", None)
     if method in ("max", None):
+        take(fields, "ModelOpt's max", ("distributed_sync",))
         return None
     if method not in MODELOPT:
         clip = " awq_lite, with the observer imatrix_mse for weights, clips them." if "awq" in str(method) else ""

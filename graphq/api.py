@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -20,6 +21,7 @@ from graphq.graph.capture import example_of
 from graphq.graph.fork import fork
 from graphq.graph.garbage import uncollected
 from graphq.graph.invariants import check_stage, decided
+from graphq.graph.on_disk import on_disk
 from graphq.graph.passes import Pipeline
 from graphq.graph.view import parameter, read_all
 from graphq.nn import first_call, with_registered
@@ -36,6 +38,7 @@ from graphq.passes.placement import (
 )
 from graphq.passes.targets import Target, get_target
 from graphq.qat import FOLDED, TRAINED, settle
+from graphq.quantizer import quantizers
 
 STAGE = "graphq_stage"
 Model = nn.Module | fx.GraphModule | ExportedProgram
@@ -133,6 +136,10 @@ def prepare(
         graphs = [_place(g, config, t) for g, t in zip(graphs, targets, strict=True)]
     for g in graphs:
         g.meta["graphq_canonical"] = canonical
+        if not quantizers(g):
+            warnings.warn(f"{config.name!r} quantizes nothing in this model; graphq.explain says why", stacklevel=2)
+        if any(on_disk(p) for p in g.parameters()):
+            g.register_forward_pre_hook(_expect_values)
     if not isinstance(target, (list, tuple)):
         return graphs[0]
     return dict(zip(names_of(targets), graphs, strict=True))
@@ -145,6 +152,12 @@ def _place(gm: fx.GraphModule, config: QuantConfig, target: Target) -> fx.GraphM
     check_stage(gm, after="insert_quantizers")
     gm.meta.update({STAGE: "prepared", "graphq_config": config, "graphq_target": target})
     return gm
+
+
+def _expect_values(gm: nn.Module, _: Any) -> None:
+    if any(on_disk(p) for p in gm.parameters()):
+        raise StateError("the weights of this graph are on disk, and it would compute NaN",
+                         remedy="graphq.fold_weights(graph) and graphq.convert(graph) read them.")  # fmt: skip
 
 
 def names_of(targets: Sequence[Target]) -> list[str]:

@@ -56,11 +56,13 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool 
                 raise StateError(
                     "the model has no place for this tensor of the graph",
                     where=str(node.target),
-                    remedy="Apply weights of graphs without folded batch norms and without scales between ops.",
+                    remedy="Give the model that was traced, in float. Folded batch norms have no place there, nor "
+                    "scales between two ops: ignore the layers that read these, or name others in scaling_layers.",
                 )
             value = value.T if turned else value
             if name in given and not torch.equal(given[name], value):
-                raise StateError("this weight is shared, and read in two ways", where=name, remedy="Untie it first.")
+                raise StateError("this weight is shared, and read in two ways", where=name,
+                                 remedy=f"Quantize both or none: ignore the layer of {node.target}, say.")  # fmt: skip
             given[name] = value
             if packed and quantizer is not None and isinstance(state[name], nn.Parameter):
                 codes[name] = _codes_of(tensor, quantizer, turned)

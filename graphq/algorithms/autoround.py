@@ -21,7 +21,7 @@ from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.blocks import Block, cut_into_blocks
 from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
-from graphq.algorithms.layers import Layer, by_input, input_rows
+from graphq.algorithms.layers import Layer, by_input, input_rows, names_of
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
 from graphq.errors import CalibrationError, ConfigError, GraphqError
 from graphq.graph.garbage import give_back
@@ -85,6 +85,8 @@ class _Walk:
         self.shared = shared_magnitudes(gm)
         self.rounded, self.exact = run.stream(gm), run.stream(gm, original=True)
         self.blocks = cut_into_blocks(self.rounded, groups, most)
+        if self.store is not None:
+            self.store.plan([layer.parameter_name for b in self.blocks for layer in b.layers], names_of(self.others))
         self.left = [b for b in self.blocks if self.store is None or not all_stored(b.layers, self.store)]
         recurrent = [n for n in gm.graph.nodes if family_of(n.target) == "lstm"]
         if recurrent:

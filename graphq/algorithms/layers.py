@@ -155,6 +155,12 @@ def by_input(gm: fx.GraphModule) -> tuple[dict[fx.Node, list[Layer]], dict[fx.No
     return dict(sorted(found.items(), key=lambda item: place[item[0]])), others
 
 
+def names_of(others: dict[fx.Node, str]) -> dict[str, str]:
+    """Why weights are left alone, by their names in the model."""
+    weights = ((decision_of(node), why) for node, why in others.items())
+    return {str(d.weight.target): why for d, why in weights if d is not None and d.weight is not None}
+
+
 def _layer(view: LayerView, decision: Decision) -> Layer | str:
     """The layer, or why its weight cannot be chosen."""
     _, call = quantizer_calls(decision)

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from graphq.algorithms.base import ALGORITHMS, Run, Stream
 from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
-from graphq.algorithms.layers import Layer, by_input, input_rows
+from graphq.algorithms.layers import Layer, by_input, input_rows, names_of
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
 from graphq.config.selectors import matches
 from graphq.config.spec import QuantSpec
@@ -85,7 +85,7 @@ def weight_algorithm(
             graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01,
             qep_exclude: str | Sequence[str] = (), propagate_error: bool = True, **args: Any,
         ) -> None:  # fmt: skip
-            if not 0 <= qep <= 1 or qep_damping <= 0:
+            if not isinstance(qep, (int, float)) or not 0 <= qep <= 1 or qep_damping <= 0:
                 raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
             if not propagate_error and qep:
                 raise ConfigError(
@@ -164,6 +164,9 @@ class _Walk:
         self.results: list[WeightResult] = []
 
     def go(self) -> None:
+        if self.store is not None:
+            names = [layer.parameter_name for layers in self.groups.values() for layer in layers]
+            self.store.plan(names, names_of(self.others))
         gc.collect()  # what tracing has left
         give_back()
         left = {source for source, every in self.groups.items() if not self._stored(every)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from graphq.errors import LoadError, StateError, did_you_mean
 from graphq.graph.on_disk import SOURCE, digest_of, on_disk, placeholder, values_of
 from graphq.numerics.affine import dequantize
 
-ABOUT, SUFFIX = "about.json", ".weight.safetensors"
+ABOUT, PLAN, SUFFIX = "about.json", "plan.json", ".weight.safetensors"
 TRANSPOSED = "t"
 WORDS = (WORD, "corrected", "guarded", TRANSPOSED)
 SCALES, OTHERS = "scales-{}.safetensors", "others.safetensors"
@@ -143,6 +144,14 @@ class WeightStore:
         _save(path, tensors, about)
         return ChosenWeight(path)
 
+    def plan(self, weights: list[str], others: dict[str, str]) -> None:
+        """Keep what a whole run will have chosen, and which other quantized weights are left alone, and why."""
+        path = self.folder / PLAN
+        known = json.loads(path.read_text()) if path.is_file() else {"weights": []}
+        every = sorted({*known["weights"], *weights})
+        plan = {"weights": every, "others": {name: why for name, why in others.items() if name not in every}}
+        _write(path, json.dumps(plan, indent=1).encode())
+
     def get_scales(self, step: int, digests: dict[str, str]) -> dict[str, Tensor] | None:
         """What an earlier run has found in this step of its algorithms: scales of channels, by the tensor's name.
         digests: of the weights that read it. Raises StateError for those of another model."""
@@ -188,8 +197,9 @@ def apply_stored(folder: str | Path, model: nn.Module, *, packed: bool = False) 
     """Put the weights of a store into a model, in place, dequantized; returns the model.
 
     packed: they stay codes, and are dequantized whenever their layer runs: less memory, more time, the same values.
-    The model may then be one on disk (`from_disk`); what the store does not have is read into memory. Nothing is
-    changed where one of them has no place there: LoadError.
+    The model may then be one on disk (`from_disk`); what the store does not have is read into memory. Weights that the
+    graph quantizes and no algorithm has chosen (an embedding) stay float, with a warning. Nothing is changed where one
+    of them has no place there, or the run has not come to its end: LoadError.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     path, weights = Path(folder) / OTHERS, {w.parameter: w for w in stored_weights(folder)}
@@ -201,6 +211,7 @@ def apply_stored(folder: str | Path, model: nn.Module, *, packed: bool = False) 
             where=left[0],
             remedy="Let the run come to its end; where none chooses them, take the graph: graphq.fold_weights.",
         )
+    _expect_whole(Path(folder), set(weights))
     given: list[tuple[str, list[int], Tensor | ChosenWeight]] = [(n, list(t.shape), t) for n, t in others.items()]
     given += [(w.parameter, json.loads(w.about["shape"]), w) for w in weights.values()]
     places = [_place_of(name, shape, parameters, disk=packed) for name, shape, _ in given]
@@ -214,6 +225,22 @@ def apply_stored(folder: str | Path, model: nn.Module, *, packed: bool = False) 
         if on_disk(parameter):
             _set(parameter, values_of(parameter))
     return model
+
+
+def _expect_whole(folder: Path, chosen: set[str]) -> None:
+    """Raises LoadError for a run that was stopped, and warns of weights that the graph rounds and the store has not."""
+    path = folder / PLAN
+    plan = json.loads(path.read_text()) if path.is_file() else {"weights": [], "others": {}}
+    missing = sorted(set(plan["weights"]) - chosen)
+    if missing:
+        raise LoadError(
+            f"the run has not come to its end: {len(missing)} of {len(plan['weights'])} weights are not chosen",
+            where=f"{folder}: {missing[0]}",
+            remedy="Call graphq.calibrate with this store again: it goes on from there.",
+        )
+    if plan["others"]:
+        named = "; ".join(f"{name}: {why}" for name, why in plan["others"].items())
+        warnings.warn(f"weights stay float that the graph rounds to the nearest: {named}", stacklevel=4)
 
 
 def _set(parameter: nn.Parameter, values: Tensor) -> None:

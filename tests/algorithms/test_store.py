@@ -117,7 +117,8 @@ def test_a_model_on_disk_gets_the_weights_that_it_gets_in_memory(checkpoint, who
     assert same(files(store), files(tmp_path / "lazy")) and len(files(store)) == 7
     a, b = (graphq.weight_results(g) for g in (graph, lazy))
     assert [r.output_squared_error for r in a] == [r.output_squared_error for r in b]
-    assert lazy(DATA[0]).isnan().all()  # whoever runs it as if it were in memory sees that
+    with pytest.raises(StateError, match="compute NaN"):
+        lazy(DATA[0])
     with pytest.raises(StateError, match="on disk already"):
         graphq.save(lazy, tmp_path / "saved")
     with torch.no_grad():
@@ -332,6 +333,32 @@ def test_scales_between_two_ops_have_no_place_in_an_eager_model(tmp_path):
     with pytest.raises(LoadError, match=r"two ops[\s\S]*fold_weights"):
         graphq.apply_stored(tmp_path / "store", model)
     assert torch.equal(model(data[0]), before)
+
+
+def test_a_run_that_was_stopped_is_not_applied_and_says_how_far_it_came(checkpoint, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "store")
+    next((tmp_path / "store").glob("*gate_proj*.weight.safetensors")).unlink()
+    model = in_memory(checkpoint)
+    before = model(DATA[0])
+    with pytest.raises(LoadError, match=r"1 of 7 weights are not chosen[\s\S]*gate_proj[\s\S]*goes on"):
+        graphq.apply_stored(tmp_path / "store", model)
+    assert torch.equal(model(DATA[0]), before)
+
+
+def test_weights_that_no_algorithm_has_chosen_are_said_to_stay_float(checkpoint, tmp_path):
+    rules = (*config().rules[:1], Rule(select="embedding", scheme=Scheme(weight=WEIGHT)))
+    settings = QuantConfig(rules=rules, ignore=("*lm_head",), algorithms=("rtn",))
+    graphq.calibrate(prepared(in_memory(checkpoint), settings), DATA, progress=False, store=tmp_path / "store")
+    with pytest.warns(UserWarning, match=r"stay float.*weight: rows of a table are not summed"):
+        graphq.apply_stored(tmp_path / "store", in_memory(checkpoint))
+
+
+def test_a_graph_whose_weights_are_on_disk_says_so_when_it_is_run(checkpoint, tmp_path):
+    graph = prepared(Logits(from_disk(build, checkpoint)), config(algorithms=("rtn",)))
+    graphq.calibrate(graph, DATA, progress=False, store=tmp_path / "store")
+    with pytest.raises(StateError, match=r"compute NaN[\s\S]*fold_weights"):
+        graph(DATA[0])
+    assert graphq.fold_weights(graph)(DATA[0]).isfinite().all()
 
 
 def test_smoothquant_of_a_model_on_disk_gives_the_scales_of_one_in_memory(checkpoint, tmp_path):

@@ -66,6 +66,7 @@ LAYERS = {
 def test_gptq_of_every_convolution_loses_what_it_says_and_less_than_the_nearest(name, granularity, tmp_path):
     layer, rank = LAYERS[name]
     torch.manual_seed(0)
+    layer.reset_parameters()
     mixing = torch.randn(4, 4)
     data = [torch.einsum("oc,nc...->no...", mixing, torch.randn(4, 4, *[7] * rank)) for _ in range(4)]
     spec = INT3.model_copy(update={"granularity": granularity})

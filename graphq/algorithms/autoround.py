@@ -31,6 +31,7 @@ from graphq.graph.view import LayerView
 from graphq.numerics.affine import expand
 from graphq.numerics.formats import Integer
 from graphq.numerics.products import add_moments, mirrored
+from graphq.observers.tokens import counted
 from graphq.passes.placement import shared_magnitudes
 
 NAME = "autoround"
@@ -187,8 +188,7 @@ class _Walk:
         values = self.rounded.trial(number, block.stop, read, block.results)
         mask, parts = self.rounded.masks[number], []
         for node, target in zip(block.results, wanted(number), strict=True):
-            lost = (values[node] - target).square()
-            lost = lost[mask] if mask is not None and lost.shape[:-1] == mask.shape else lost
+            lost = counted((values[node] - target).square(), mask)
             parts.append(lost.sum() / max(1, lost.numel()))  # a batch of which no token counts loses nothing
         return torch.stack(parts).sum()
 

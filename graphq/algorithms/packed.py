@@ -44,7 +44,7 @@ class Packed(nn.Module):
         self.packed: Tensor | None = self._packed(codes)
         self.dtype = torch.float32
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", _once(zero_point))
+        self.register_buffer("zero_point", once(zero_point))
 
     def forward(self, packed: Tensor) -> Tensor:
         codes = packed if self.bits else packed.view(self.storage)
@@ -100,7 +100,7 @@ class Packed(nn.Module):
         return super()._apply(elsewhere, recurse)  # type: ignore[no-any-return]
 
 
-def _once(zero_point: Tensor) -> Tensor:
+def once(zero_point: Tensor) -> Tensor:
     """One value where all are the same."""
     same = bool((zero_point == zero_point.reshape(-1)[0]).all())
     return (zero_point.reshape(-1)[:1].reshape([1] * zero_point.ndim) if same else zero_point).clone()

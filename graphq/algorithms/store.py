@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphq.algorithms.base import ALGORITHMS
-from graphq.algorithms.packed import Packed
+from graphq.algorithms.packed import Packed, once
 from graphq.algorithms.results import WeightResult
 from graphq.algorithms.rows import weight_of
 from graphq.algorithms.scaling import FACTORS, WORD
@@ -128,9 +128,7 @@ class WeightStore:
     ) -> ChosenWeight:  # fmt: skip
         """Keep a weight: codes [out, K] of the original, in the order of its family of ops. overall: its largest
         magnitude, or that of those that share a scale with it."""
-        same = bool((zero == zero.reshape(-1)[0]).all())
-        zero = zero.reshape(-1)[:1].reshape([1] * zero.ndim) if same else zero
-        tensors = {"codes": codes, "scale": scale, "zero_point": zero.to(torch.int32), "overall": overall}
+        tensors = {"codes": codes, "scale": scale, "zero_point": once(zero).to(torch.int32), "overall": overall}
         about = {
             "parameter": parameter,
             "family": family,

@@ -18,10 +18,11 @@ class RowSamples(nn.Module):
     channel.
 
     Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too. Tokens
-    that a mask leaves out do not count.
+    that a mask leaves out do not count. Ranges are kept for two halves of the rows, so that what one has shown can be
+    judged by the other.
     """
 
-    lowest: Tensor
+    lowest: Tensor  # [half, channels]
     highest: Tensor
     magnitude: Tensor
 
@@ -35,9 +36,13 @@ class RowSamples(nn.Module):
         rows = counted(x.detach(), mask_of(self.masks)).float()
         if not len(rows):
             return
-        lo, hi = rows.amin(0), rows.amax(0)
-        self.lowest = lo if not self.count else torch.minimum(self.lowest, lo)
-        self.highest = hi if not self.count else torch.maximum(self.highest, hi)
+        if not self.count:
+            self.lowest, self.highest = (rows.new_full((2, rows.shape[1]), far) for far in (torch.inf, -torch.inf))
+        second = _second_half(self.count, len(rows)).to(rows.device)
+        for half, some in enumerate((rows[~second], rows[second])):
+            if len(some):
+                self.lowest[half] = torch.minimum(self.lowest[half], some.amin(0))
+                self.highest[half] = torch.maximum(self.highest[half], some.amax(0))
         magnitude = rows.abs().sum(0, dtype=torch.float64)
         self.magnitude = magnitude if not self.count else self.magnitude + magnitude
         first = -self.count % self.step
@@ -52,15 +57,28 @@ class RowSamples(nn.Module):
         """[at most `most`, channels]."""
         return torch.cat(self.kept)
 
+    def rows_in(self, half: int) -> Tensor:
+        """Those of the kept rows that are in half 0 or 1."""
+        return self.rows[(_second_half(0, len(self.rows)) == half).to(self.lowest.device)]
+
     @property
     def largest(self) -> Tensor:
-        """Largest magnitude [channels]."""
+        """Largest magnitude [half, channels]."""
         return torch.maximum(-self.lowest, self.highest)
 
     @property
     def mean(self) -> Tensor:
         """Mean magnitude [channels]."""
         return (self.magnitude / self.count).float()
+
+
+def _second_half(start: int, count: int) -> Tensor:
+    """Is a row in the second half? By its number: has it an odd number of bits (the sequence of Thue and Morse)? So
+    every other row, and every other of those, lie in both halves, and nothing that is periodic in one alone."""
+    bits = torch.arange(start, start + count)
+    for shift in (32, 16, 8, 4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    return (bits & 1).bool()
 
 
 def rows_of(

@@ -3,8 +3,10 @@
     x ─ Q ─ linear(W)     ⇒     x · 1/s ─ Q ─ linear(W · s),     s = max|x|^α / max|W|^(1-α) per input channel
 
 α is searched for every group of linears that read one tensor, "none" included: the one with the least squared error of
-the group's products, inputs and weights quantized, on samples of the calibration data. Inputs have one scale, or one
-per token; where they have one per group they are searched as if they had one.
+the group's products, inputs and weights quantized. s and the range of the input are those of one half of the
+calibration data and the error is that of the other, and both ways: with a large α all channels reach the end of the
+range, which looks best on the few rows that it was found on and cuts all others off. Inputs have one scale, or one per
+token; where they have one per group they are searched as if they had one.
 """
 
 from __future__ import annotations
@@ -64,11 +66,12 @@ def smoothquant(
         how = asked[group.name]
         if how is None or how == "search":
             return None if how is None else _searched(graphs[0], group, seen)
+        largest = seen.largest.amax(0)
         if how == "log":
-            largest = seen.largest.clamp(min=SMALLEST)
-            scale = _even(largest / (2 + largest).log2(), seen.largest)
+            above = largest.clamp(min=SMALLEST)
+            scale = _even(above / (2 + above).log2(), largest)
         else:
-            scale = _scale(seen.largest, _weights_largest(graphs[0], group), float(how))
+            scale = _scale(largest, _weights_largest(graphs[0], group), float(how))
         return tied(graphs[0], group)(scale)
 
     # of all tokens, also those of padding: the scale of the tensor is for them too
@@ -120,29 +123,35 @@ def _even(scale: Tensor, activations: Tensor) -> Tensor:
 
 def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | None:
     """The best scale, or None where none is better than no scale."""
-    own, largest = weights(gm, group), _weights_largest(gm, group)
-    rows, tie = seen.rows, tied(gm, group)
-    wanted = [linear(rows, w) for w in own]
+    if seen.count < 2:
+        return None  # nothing to judge by
+    own, largest, tie = weights(gm, group), _weights_largest(gm, group), tied(gm, group)
     spec = quantizer_at(gm, group.readers[0]).spec
     specs = [decision_of(n).weight_spec for n in group.linears]  # type: ignore[union-attr]
-    candidates = [torch.ones_like(largest), *(tie(_scale(seen.largest, largest, a)) for a in ALPHAS)]
-    errors = []
-    for scale in candidates:
-        rounded = [_rounded_weight(w * scale, s) for w, s in zip(own, specs, strict=True)]
-        clips = (1.0,) if spec.dynamic else CLIPS
-        errors.append(min(_error(seen, scale, clip, spec, rounded, wanted) for clip in clips))
-    best = int(torch.tensor(errors).argmin())
-    return candidates[best] if best else None
+
+    def candidates(activations: Tensor) -> list[Tensor]:
+        return [torch.ones_like(largest), *(tie(_scale(activations, largest, a)) for a in ALPHAS)]
+
+    errors = torch.zeros(1 + len(ALPHAS), dtype=torch.float64)
+    for half in (0, 1):
+        rows = seen.rows_in(1 - half)
+        wanted = [linear(rows, w) for w in own]
+        for i, scale in enumerate(candidates(seen.largest[half])):
+            rounded = [_rounded_weight(w * scale, s) for w, s in zip(own, specs, strict=True)]
+            ends = (seen.lowest[half] / scale).min(), (seen.highest[half] / scale).max()
+            clips = (1.0,) if spec.dynamic else CLIPS
+            errors[i] += min(_error(rows / scale, (ends[0] * c, ends[1] * c), spec, rounded, wanted) for c in clips)
+    best = int(errors.argmin())
+    return candidates(seen.largest.amax(0))[best] if best else None
 
 
 def _error(
-    seen: RowSamples, scale: Tensor, clip: float, spec: QuantSpec, weights: list[Tensor], wanted: list[Tensor]
+    x: Tensor, ends: tuple[Tensor, Tensor], spec: QuantSpec, weights: list[Tensor], wanted: list[Tensor]
 ) -> float:
-    x = seen.rows / scale
     if spec.granularity == "token":
         qparams, block = spec.choose(x.amin(1, keepdim=True), x.amax(1, keepdim=True)), spec.block_for(2)
     else:
-        qparams, block = spec.choose((seen.lowest / scale).min() * clip, (seen.highest / scale).max() * clip), ()
+        qparams, block = spec.choose(*ends), ()
     x = fake_quantize(x, *qparams, block, spec.number_format)
     return sum((linear(x, w) - y).square().sum().item() for w, y in zip(weights, wanted, strict=True))
 

@@ -149,8 +149,31 @@ def test_samples_are_bounded_and_ranges_are_of_all_rows():
     for part in rows.split(37):
         samples(part)
     assert 16 <= len(samples.rows) <= 64 and samples.count == 1000
-    assert torch.equal(samples.lowest, rows.amin(0)) and torch.equal(samples.highest, rows.amax(0))
-    assert all((rows == r).all(1).any() for r in samples.rows)
+    second = torch.tensor([i.bit_count() % 2 == 1 for i in range(1000)])
+    for half, part in enumerate((rows[~second], rows[second])):
+        assert torch.equal(samples.lowest[half], part.amin(0)) and torch.equal(samples.highest[half], part.amax(0))
+        kept = samples.rows_in(half)
+        assert len(kept) >= 8 and all((part == r).all(1).any() for r in kept)
+    assert torch.equal(samples.rows, torch.cat([rows[:: samples.step]]))
+
+
+@pytest.mark.parametrize("count", [16, 48])
+def test_a_layer_that_sees_few_rows_is_not_fitted_to_them(count):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    few, others = (torch.randn(n, 128, generator=generator) for n in (count, 512))
+    plain, smooth = (
+        graphq.compare(model, graphq.quantize(model, config, list(few.split(8)), progress=False), [others]).sqnr
+        for config in ("int8", "int8_smoothquant")
+    )
+    assert smooth > plain - 1
+
+
+def test_one_row_gives_nothing_to_judge_by():
+    model = Block(post=False).eval()
+    graph = graphq.prepare(model, "int8_smoothquant", (data()[0][:1],))
+    graphq.calibrate(graph, [data()[0][:1]], progress=False)
+    assert not graph.meta[SMOOTHED]
 
 
 class Uneven(nn.Module):

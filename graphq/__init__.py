@@ -8,6 +8,7 @@ graphq.verify(quantized, "model.onnx", batches)         # is what was simulated 
 """
 
 import graphq.export  # noqa: F401  (first: loaded later it would take the place of the function of that name)
+from graphq.algorithms.codes import quantized_weights
 from graphq.algorithms.results import weight_results
 from graphq.algorithms.store import apply_stored, stored_weights
 from graphq.api import calibrate, capture, capture_like, convert, export, prepare, quantize
@@ -52,6 +53,7 @@ __all__ = [
     "presets",
     "qat",
     "quantize",
+    "quantized_weights",
     "register",
     "report",
     "save",

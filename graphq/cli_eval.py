@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from graphq.algorithms.store import apply_stored
 from graphq.cli_json import emit
 from graphq.errors import CalibrationError
 from graphq.evaluate.taps import REFUSALS, session
 from graphq.evaluate.tasks import accuracy, perplexity, similarity_correlation
 from graphq.evaluate.verify import flat_outputs
 from graphq.loading import load_model
+from graphq.storage import load
 
 console = Console()
 Outputs = Callable[..., Tensor]
@@ -29,20 +31,30 @@ def eval_command(
     data: Annotated[str, typer.Option("--data", help="perplexity: .txt; accuracy: .npz with labels; similarity: .tsv")],
     metric: Annotated[str, typer.Option(help="perplexity, accuracy or similarity")],
     onnx: Annotated[list[Path], typer.Option("--onnx", help="Also this exported file; may be repeated")] = [],  # noqa: B006
+    saved: Annotated[list[Path], typer.Option("--saved", help="Also the graph that --save has kept here")] = [],  # noqa: B006
+    store: Annotated[Path | None, typer.Option(help="Also the model with the weights of this store")] = None,
     window: Annotated[int, typer.Option(help="perplexity: tokens that are read at once")] = 256,
     stride: Annotated[int, typer.Option(help="perplexity: tokens from one window to the next")] = 256,
     bos: Annotated[bool, typer.Option(help="perplexity: begin every window with the tokenizer's first token")] = False,
     samples: Annotated[int, typer.Option(help="How many samples, or windows, at most")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines")] = False,
 ) -> None:
-    """Perplexity of a text, top-1 accuracy, or Spearman's correlation of sentence similarities with people's scores."""
+    """Perplexity of a text, top-1 accuracy, or Spearman's correlation of sentence similarities with people's scores.
+
+    Of the float model, and of what quantizing has made of it: files, saved graphs, a store. (For the SQNR of a file
+    there is graphq compare.)
+    """
     how = {"window": window, "stride": stride, "bos": bos} if metric == "perplexity" else {}
     measure = _measure(metric, model, Path(data), samples, window, stride, bos)
-    source = load_model(model)
-    source = source.module() if isinstance(source, torch.export.ExportedProgram) else source.eval()
-    figures = {"float": measure(lambda **inputs: _first(source(**inputs)))}
+    loaded = load_model(model)
+    source = loaded.module() if isinstance(loaded, torch.export.ExportedProgram) else loaded.eval()
+    figures = {"float": measure(_model(source))}
+    for path in saved:
+        figures[str(path)] = measure(_graph(path, loaded))
     for path in onnx:
         figures[str(path)] = measure(_runtime(path))
+    if store is not None:
+        figures[str(store)] = measure(_model(apply_stored(store, source)))
     if as_json:
         emit({"metric": metric, **how, **figures})
         return
@@ -72,7 +84,7 @@ def _measure(
     tokenizer = AutoTokenizer.from_pretrained(model[3:])
     if metric == "perplexity":
         text = path.read_text(errors="ignore")
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not bos).input_ids[0][: samples * stride]
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][: samples * stride]
         if bos and tokenizer.bos_token_id is None:
             raise CalibrationError("the tokenizer has no first token", where=model, remedy="Leave --bos out.")
         first = tokenizer.bos_token_id if bos else None
@@ -106,7 +118,9 @@ def _pairs(path: Path, tokenizer: Any, samples: int) -> tuple[list[tuple[dict, d
             scores.append(float(score))
         except ValueError as e:
             raise CalibrationError(
-                "a line is: sentence, tab, sentence, tab, score", where=f"{path}: {line[:60]}"
+                "a line is: sentence, tab, sentence, tab, score",
+                where=f"{path}: {line[:60]}",
+                remedy="Mend or delete the line.",
             ) from e
         pairs.append(tuple(dict(tokenizer(s, return_tensors="pt")) for s in (first, second)))
     return pairs, scores  # type: ignore[return-value]
@@ -124,20 +138,35 @@ def _first(outputs: Any) -> Tensor:
     return flat_outputs(outputs)[0]
 
 
+def _model(module: torch.nn.Module) -> Outputs:
+    return lambda **given: _first(module(**given))
+
+
+def _graph(path: Path, model: Any) -> Outputs:
+    graph = load(path, model)
+    names = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
+    return lambda **given: _first(graph(**_complete(given, names, path)))
+
+
+def _complete(given: dict[str, Tensor], names: list[str], path: Path) -> dict[str, Tensor]:
+    """The inputs of these names; the mask is all ones where nobody gives one."""
+    known = {"attention_mask": torch.ones_like(next(iter(given.values()))), **given} if len(names) > 1 else given
+    missing = [n for n in names if n not in known]
+    if missing:
+        raise CalibrationError(
+            f"it wants {', '.join(missing)}", where=str(path), remedy=f"Name the data {', '.join(names)}."
+        )
+    return {n: known[n] for n in names}
+
+
 def _runtime(path: Path) -> Outputs:
-    """A file as a function of its inputs, by name; the mask is all ones where nobody gives one."""
+    """A file as a function of its inputs, by name."""
     run = session(path)
     names = [i.name for i in run.get_inputs()]
 
     def call(**given: Tensor) -> Tensor:
-        known = {"attention_mask": torch.ones_like(next(iter(given.values()))), **given} if len(names) > 1 else given
-        missing = [n for n in names if n not in known]
-        if missing:
-            raise CalibrationError(
-                f"the file wants {', '.join(missing)}", where=str(path), remedy=f"Name the data {', '.join(names)}."
-            )
         try:
-            return torch.from_numpy(run.run(None, {n: known[n].numpy() for n in names})[0])
+            return torch.from_numpy(run.run(None, {n: v.numpy() for n, v in _complete(given, names, path).items()})[0])
         except REFUSALS as e:
             what = f"the file does not take these inputs: {str(e).splitlines()[0][:160]}"
             raise CalibrationError(

@@ -7,16 +7,17 @@ those of the quantized graph, dequantized, or packed until a layer uses them. Ac
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, fx, nn
 
+from graphq.algorithms.codes import codes_of
 from graphq.algorithms.packed import Packed
 from graphq.algorithms.store import original_name
 from graphq.errors import StateError
 from graphq.graph.on_disk import on_disk
 from graphq.graph.view import parameter
-from graphq.numerics.affine import quantize
 from graphq.qat import FOLDED
 from graphq.quantizer import TensorQuantizer
 
@@ -33,7 +34,8 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool 
     stage, for other models, and for graphs with tensors that the model has no place for: folded batch norms, scales of
     channels that stand between two ops.
     """
-    if calibrated.meta.get("graphq_stage") != "calibrated" or FOLDED in calibrated.meta:
+    meta = getattr(calibrated, "meta", {})  # whoever gives the model first is told so
+    if meta.get("graphq_stage") != "calibrated" or FOLDED in meta:
         raise StateError(
             "weights are applied from a calibrated graph", remedy="Call graphq.prepare and graphq.calibrate first."
         )
@@ -65,7 +67,9 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool 
                                  remedy=f"Quantize both or none: ignore the layer of {node.target}, say.")  # fmt: skip
             given[name] = value
             if packed and quantizer is not None and isinstance(state[name], nn.Parameter):
-                codes[name] = _codes_of(tensor, quantizer, turned)
+                codes[name] = _packed(tensor, quantizer, turned)
+            elif packed and quantizer is not None:
+                warnings.warn(f"{name} is no parameter but a buffer, and goes back dequantized", stacklevel=2)
     for name, value in given.items():
         if state[name].shape != value.shape:
             raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")
@@ -85,13 +89,6 @@ def _as_read(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[tuple[Te
     return found
 
 
-def _codes_of(tensor: Tensor, quantizer: TensorQuantizer, turned: bool) -> Packed:
-    spec, (scale, zero) = quantizer.spec, quantizer.qparams
-    if quantizer.then is not None or spec.rounding == "stochastic":
-        raise StateError(
-            f"a weight with {spec} has no codes that stand for it",
-            where=quantizer.label,
-            remedy="Apply the weights without packed.",
-        )
-    codes = quantize(tensor.detach(), scale, zero, quantizer.block, spec.number_format, **quantizer.rounding)
-    return Packed(codes, scale, zero, quantizer.block, spec.number_format, tensor.shape, turned=turned)
+def _packed(weight: Tensor, quantizer: TensorQuantizer, turned: bool) -> Packed:
+    codes, (scale, zero), fmt = codes_of(weight, quantizer), quantizer.qparams, quantizer.spec.number_format
+    return Packed(codes, scale, zero, quantizer.block, fmt, weight.shape, turned=turned)

@@ -58,6 +58,9 @@ class RuntimeMismatch(GraphqError):
     """A file and the graph that it is compared with do not belong together."""
 
 
+NOT_FINITE = "Look for inputs or weights that are infinite or NaN."  # a remedy
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"Did you mean 'int8'? Known: …"` for an unknown name, nearest first."""
     known = sorted(known)

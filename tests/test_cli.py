@@ -160,6 +160,14 @@ def test_eval_tells_accuracy_of_a_model_and_of_its_file(run, tmp_path, monkeypat
     words = ("eval", "tiny:make", "--data", tmp_path / "data.npz", "--metric", "accuracy", "--onnx", out)
     figures = last_json(run(*words, "--json").stdout)
     assert figures["float"] == 0.9 and 0.8 <= figures[str(out)] <= 1
+    (tmp_path / "w2.yaml").write_text(
+        "rules: [{select: linear, scheme: {weight: {format: int2, granularity: channel}}}]\nalgorithms: [gptq]\n"
+    )
+    graph, store = tmp_path / "graph", tmp_path / "store"
+    given = ("quantize", "tiny:make", "--calibration", tmp_path / "x.npz", "-o", out, "--config", tmp_path / "w2.yaml")
+    assert run(*given, "--target", "onnx", "--save", graph, "--store", store).exit_code == 0
+    both = last_json(run(*words[:-2], "--saved", graph, "--store", store, "--json").stdout)
+    assert both[str(graph)] == both[str(store)] < 0.9 == both["float"]
     with pytest.raises(CalibrationError, match="unknown metric"):
         run(*words[:5], "bleu")
     with pytest.raises(CalibrationError, match="no labels"):
@@ -200,6 +208,9 @@ def test_eval_tells_perplexity_and_how_it_was_counted(run, tmp_path):
     figures = last_json(run("eval", f"hf:{tmp_path / 'model'}", *words, "--bos", "--json").stdout)
     assert figures["float"] == pytest.approx(wanted, rel=1e-5)
     assert (figures["window"], figures["stride"], figures["bos"]) == (16, 8, True)
+    plain = perplexity(lambda part: model.float()(part).logits, ids, window=16, stride=8)
+    figures = last_json(run("eval", f"hf:{tmp_path / 'plain'}", *words, "--json").stdout)
+    assert figures["float"] == pytest.approx(plain, rel=1e-5)  # the tokenizer's own first and last token are not there
     shown = run("eval", f"hf:{tmp_path / 'model'}", *words).stdout
     assert "windows of 16 tokens, 8 apart" in shown and f"{wanted:.4f}" not in shown
     with pytest.raises(CalibrationError, match="no first token"):

@@ -87,6 +87,29 @@ def test_what_does_not_fit_the_model_is_refused():
         graphq.apply_weights(calibrated(nn.Sequential(Block(), Block()).eval()), other)
 
 
+def test_a_model_in_the_place_of_the_graph_is_told_from_it():
+    model = nn.Sequential(Block()).eval()
+    with pytest.raises(StateError, match="from a calibrated graph"):
+        graphq.apply_weights(model, calibrated(model))
+
+
+def test_a_weight_that_is_a_buffer_is_said_to_go_back_dequantized():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(16, 64))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.table)
+
+    model = Buffered().eval()
+    graph = calibrated(model, "gptq")
+    with pytest.warns(UserWarning, match="table is no parameter"):
+        applied = graphq.apply_weights(graph, model, packed=True)
+    x = data()[0]
+    assert torch.allclose(applied(x), graph(x), atol=1e-6) and not torch.allclose(applied(x), model(x))
+
+
 def test_a_table_that_is_read_as_it_is_and_through_a_quantizer_is_refused():
     class Tied(nn.Module):
         def __init__(self):

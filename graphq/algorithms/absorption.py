@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphq.algorithms.base import Run
 from graphq.algorithms.layers import Layer
-from graphq.errors import CalibrationError
+from graphq.errors import NOT_FINITE, CalibrationError
 from graphq.graph.optable import family_of
 from graphq.graph.view import parameter
 from graphq.observers.tokens import MaskWatchers, counted, mask_of, mask_watchers
@@ -68,7 +68,7 @@ def shifts(run: Run, pairs: Sequence[list[tuple[Layer, Layer]]]) -> dict[str, Te
         lowest = moments.lowest()
         if not lowest.isfinite().all():
             raise CalibrationError("what this layer computes is not finite", where=layer.view.where(),
-                                   remedy="Look for inputs or weights that are infinite or NaN.")  # fmt: skip
+                                   remedy=NOT_FINITE)  # fmt: skip
         if lowest.any():
             found[layer.node.name] = lowest
     return found

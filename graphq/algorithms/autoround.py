@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import ALGORITHMS, Run
+from graphq.algorithms.base import ALGORITHMS, Run, expect_data
 from graphq.algorithms.blocks import Block, cut_into_blocks
 from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
 from graphq.algorithms.layers import Layer, by_input, input_rows, names_of
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
-from graphq.errors import CalibrationError, ConfigError, GraphqError
+from graphq.errors import NOT_FINITE, CalibrationError, ConfigError, GraphqError
 from graphq.graph.garbage import give_back
 from graphq.graph.optable import family_of
 from graphq.graph.passes import finish
@@ -133,8 +133,6 @@ class _Walk:
 
     def _rounding(self, layer: Layer, hessian: Tensor, rows: int) -> _Rounding:
         where = layer.view.where()
-        if not rows:
-            raise CalibrationError("no calibration data reaches this layer", where=where, remedy="Give data that do.")
         try:
             return _Rounding(layer, hessian, rows, self.shared.get(layer.quantizer))
         except GraphqError as e:
@@ -146,16 +144,20 @@ class _Walk:
         for layer in block.layers:
             alike.setdefault((self.sources[layer.node], layer.shape()), []).append(layer)
         totals: dict[object, Tensor] = {}
-        counts = dict.fromkeys(alike, 0)
+        counts, reached = dict.fromkeys(alike, 0), dict.fromkeys(alike, False)
         for number in range(len(self.rounded.frontier)):
             values = self.rounded.trial(number, block.stop, keep=[self.sources[layer.node] for layer in block.layers])
             for key, layers in alike.items():
-                rows = input_rows(layers[0], values[self.sources[layers[0].node]], self.rounded.masks[number])
+                x = values[self.sources[layers[0].node]]
+                rows, reached[key] = input_rows(layers[0], x, self.rounded.masks[number]), reached[key] or x.numel() > 0
                 if key not in totals:
                     totals[key] = rows.new_zeros(len(rows), *[rows.shape[2]] * 2)
                 add_moments(totals[key], rows)
                 counts[key] += rows.shape[1]
         whole = {key: mirrored(total) for key, total in totals.items()}
+        for key, layers in alike.items():
+            if reached[key]:  # else it is an expert that the model has not chosen once
+                expect_data(layers[0].view, counts[key], whole[key].diagonal(dim1=1, dim2=2))
         return {layer.node: (whole[key], counts[key]) for key, layers in alike.items() for layer in layers}
 
     def _learn(self, block: Block, learned: list[_Rounding], wanted: Wanted, seen: list[int]) -> None:
@@ -170,7 +172,7 @@ class _Walk:
                     raise CalibrationError(
                         f"what this block computes of batch {seen[number]} is not finite",
                         where=block.layers[0].view.where(),
-                        remedy="Look for inputs or weights that are infinite or NaN.",
+                        remedy=NOT_FINITE,
                     )
                 if error.requires_grad:  # not where what the layers compute becomes an integer
                     error.backward()
@@ -197,7 +199,8 @@ class _Walk:
         chosen = rounding.matrix().detach()
         errors = errors_of(rounding.original, chosen, grid, rounding.hessian, rounding.rows)
         about = (layer.node.name, layer.view.path, NAME, seconds)
-        result = WeightResult(*about, **errors, taken_back=not better)  # type: ignore[arg-type]
+        unseen = () if rounding.rows else (0,)
+        result = WeightResult(*about, **errors, unseen=unseen, taken_back=not better)  # type: ignore[arg-type]
         settle(layer, chosen, grid, NAME, result, self.store)
         self.results.append(result)
 

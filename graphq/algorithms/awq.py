@@ -34,17 +34,16 @@ ROWS = 256  # of every tensor, evenly spaced: more change no choice and take lon
 @ALGORITHMS.register("awq")
 def awq(
     graphs: Sequence[fx.GraphModule], run: Run, *, grid: int = 10, duo: bool = True,
-    scaling_layers: Entries | None = None, model_decoder_layers: str = "model.layers",
+    scaling_layers: Entries | None = None, model_decoder_layers: str | None = None,
 ) -> None:  # fmt: skip
     """grid: values of r up to 1 that are tried. duo: try the form with the weights' magnitudes too. scaling_layers: the
-    only groups that are scaled, by names inside each of model_decoder_layers."""
+    only groups that are scaled, by names inside each of model_decoder_layers ("model.layers")."""
     if grid < 1:
         raise ConfigError(f"a grid has at least one step, not {grid}", where="awq")
     every = [{g.name: g for g in groups(gm)} for gm in graphs]
     if not set.intersection(*map(set, every)):
         raise ConfigError("no linear has a quantized weight of its own", where="awq", remedy="Quantize weights.")
-    if scaling_layers is not None:
-        every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "awq")
+    every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "awq")
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         return _searched(graphs[0], group, seen, grid, duo)

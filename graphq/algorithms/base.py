@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
 
-from graphq.errors import ConfigError, did_you_mean
-from graphq.graph.view import set_parameter
+from graphq.errors import NOT_FINITE, CalibrationError, ConfigError, did_you_mean
+from graphq.graph.view import LayerView, set_parameter
 from graphq.registry import Registry
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ def check_arguments(name: str, args: dict[str, Any]) -> None:
             raise ConfigError(
                 f"the algorithm {name!r} has no argument {given!r}", remedy=did_you_mean(given, known or ["none"])
             )
+
+
+def expect_data(layer: LayerView, count: int, sizes: Tensor | None) -> None:
+    """Raises CalibrationError for a layer without inputs, and for inputs that are not finite. count: of them; sizes:
+    sums over them, by channel, of magnitudes or squares."""
+    if sizes is None or not count:
+        remedy = "Give data with at least one sample, of which the mask leaves in a token."
+        raise CalibrationError("no calibration data reaches this layer", where=layer.where(), remedy=remedy)
+    if not sizes.isfinite().all():
+        raise CalibrationError("what this layer reads is not finite", where=layer.where(), remedy=NOT_FINITE)
 
 
 def replace_read(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:

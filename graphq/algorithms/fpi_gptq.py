@@ -21,7 +21,7 @@ from graphq.numerics.products import matmul
 @weight_algorithm("fpi_gptq")
 def fpi_gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, iterations: int = 50) -> Tensor:
     """damping: relative to the mean of H's diagonal. iterations: at most, it ends at the fixed point; of all steps the
-    weight counts whose products are closest."""
+    weight counts whose products are closest. weight: [out, in], hessian: [in, in]."""
     if iterations < 1 or damping <= 0:
         raise ConfigError(f"iterations {iterations} and damping {damping} are positive numbers", where="fpi_gptq")
     if not hessian.any():

@@ -35,7 +35,8 @@ def gptq(
 ) -> Tensor:
     """damping: λ, relative to the mean of H's diagonal. order: columns whose inputs are largest come first, or as they
     stand. groups: scales come from the float weight ("static"), or from the weight as it is when its group is reached.
-    block: columns that hear of each other's errors one by one; further ones hear of many at once."""
+    block: columns that hear of each other's errors one by one; further ones hear of many at once. weight: [groups, out,
+    in], hessian: [groups, in, in]."""
     if block < 1 or damping <= 0:
         raise ConfigError(f"block {block} and damping {damping} are positive numbers", where="gptq")
     if order not in ("activation", "none") or groups not in ("static", "dynamic"):

@@ -24,8 +24,9 @@ class WeightResult:
 
     output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
     over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
-    grid. seconds: of choosing. unseen: experts that no calibration token has reached; theirs is rounded to the nearest.
-    taken_back: what was learned was no better on data held out, so that the nearest values are taken.
+    grid. seconds: of choosing. unseen: experts that no calibration token has reached, (0,) of a layer that is one; they
+    are rounded to the nearest. taken_back: what was learned was no better on data held out, so that the nearest values
+    are taken.
     """
 
     node: str
@@ -50,6 +51,8 @@ class WeightResult:
 
     def words(self) -> str:
         """For a decision's reason."""
+        if self.relative_output_squared_error is None and self.unseen == (0,):
+            return f"{self.algorithm}: no token of the calibration data reaches it, and it is rounded to the nearest"
         back = "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
         if self.relative_output_squared_error is None or self.nearest is None:
             return f"{self.algorithm}: its products are zero on all data{back}"
@@ -80,7 +83,7 @@ def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows:
     output, nearest = (_energy(weight - w, hessian) for w in (chosen, grid.rounded(weight)))
     return {
         "output_squared_error": output,
-        "mean_output_squared_error": output / (rows * len(weight)),
+        "mean_output_squared_error": output / max(rows * len(weight), 1),
         "relative_output_squared_error": output / total if total > 0 else None,
         "weight_squared_error": squares,
         "mean_weight_squared_error": squares / weight.numel(),

@@ -10,4 +10,5 @@ from graphq.algorithms.sequential import weight_algorithm
 
 @weight_algorithm("rtn")
 def rtn(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """weight: [out, in]. It has no arguments of its own."""
     return grid.rounded(weight)

@@ -30,9 +30,11 @@ class RowSamples(nn.Module):
         super().__init__()
         self.masks = masks
         self.most, self.step, self.count = most, 1, 0
+        self.reached = False  # by any row, those included that do not count
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> None:
+        self.reached |= x.numel() > 0
         rows = counted(x.detach(), mask_of(self.masks)).float()
         if not len(rows):
             return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import Run, replace_read
+from graphq.algorithms.base import Run, expect_data, replace_read
 from graphq.algorithms.makers import WORD, Maker, made_by
 from graphq.algorithms.samples import RowSamples, rows_of
 from graphq.graph.decision import KEY as DECISION
@@ -118,7 +118,10 @@ def search_scales(
         scales = {}
         seen = rows_of(graphs[0], run, {name: g.source for name, g in found.items()}, most, padding=padding)
         for (name, group), (_, rows) in zip(run.progress(found.items(), label), seen, strict=True):
-            scale = choose(group, rows) if rows.count else None
+            if not rows.reached:  # an expert that the model has not chosen once
+                continue
+            expect_data(LayerView(graphs[0], group.linears[0]), rows.count, rows.magnitude if rows.count else None)
+            scale = choose(group, rows)
             if scale is not None:
                 scales[name] = scale
             give_back()

@@ -20,6 +20,7 @@ from torch import fx, nn
 from graphq.algorithms.scaling import Group, Pair, pair_of
 from graphq.errors import ConfigError, did_you_mean
 
+DECODER_LAYERS = "model.layers"
 KEYS = {"prev_op", "layers", "inp", "module2inspect", "condition", "help"}
 ALLOWED = (
     ast.Expression, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Attribute, ast.Subscript, ast.Constant, ast.Name,
@@ -28,11 +29,19 @@ ALLOWED = (
 Entries = Sequence[Mapping[str, Any]]
 
 
-def listed(gm: fx.GraphModule, named: dict[str, Group], entries: Entries, within: str, where: str) -> dict[str, Group]:
-    """The groups that the entries name. within: path of the list of decoder layers ("model.layers"), or of its end.
+def listed(
+    gm: fx.GraphModule, named: dict[str, Group], entries: Entries | None, within: str | None, where: str
+) -> dict[str, Group]:
+    """The groups that the entries name, or all. within: path of the list of decoder layers, or of its end.
 
     Raises ConfigError for entries that are none, that name nothing, or other groups than the graph has.
     """
+    if entries is None:
+        if within is not None:
+            raise ConfigError("model_decoder_layers is where scaling_layers are", where=where,
+                              remedy="Leave it out, or say scaling_layers too.")  # fmt: skip
+        return named
+    within = within or DECODER_LAYERS
     pairs = {name: pair_of(gm, group) for name, group in named.items()}
     by_linears = {frozenset(pair.linears): name for name, pair in pairs.items()}
     found: dict[str, Group] = {}

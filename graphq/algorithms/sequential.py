@@ -24,18 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import ALGORITHMS, Run, Stream
+from graphq.algorithms.base import ALGORITHMS, Run
 from graphq.algorithms.chosen import all_stored, settle, settle_stored
 from graphq.algorithms.grid import Grid, grid_of
-from graphq.algorithms.layers import Layer, by_input, input_rows, names_of
+from graphq.algorithms.layers import Layer, by_input, names_of
+from graphq.algorithms.moments import Moments, moments_of
 from graphq.algorithms.results import WeightResult, errors_of, keep_results
 from graphq.config.selectors import matches
 from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError, did_you_mean
-from graphq.graph.expert_ops import bounds
 from graphq.graph.garbage import give_back
 from graphq.graph.passes import finish
-from graphq.numerics.products import add_moments, matmul, mirrored
 from graphq.numerics.scales import TWO_LEVEL
 from graphq.passes.placement import shared_magnitudes
 
@@ -45,17 +44,7 @@ WeightFunction = Callable[..., Tensor]
 FUNCTIONS: dict[str, WeightFunction] = {}
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of the inputs of layers that are cut into rows alike. hessian: Σ X̂ᵀX̂ [groups, in, in] over `rows` rows each (of
-    experts the mean); cross: for each group Σ (X - X̂)ᵀX̂ [in, in] or None. unseen: experts without a row."""
-
-    hessian: Tensor
-    cross: Sequence[Tensor | None]
-    rows: float
-    unseen: tuple[int, ...] = ()
-
-
+DAMPING = 0.01  # of qep, relative to the mean of the moments' diagonal
 ENOUGH = 0.1  # share of qep from which a weight makes good more than the correction of its bias would
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
 BY_ROW = "graphq_by_row"  # … whose rows know nothing of each other
@@ -82,19 +71,16 @@ def weight_algorithm(
         setattr(function, ASYMMETRIC, asymmetric)
 
         def algorithm(
-            graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = 0.01,
+            graphs: Sequence[fx.GraphModule], run: Run, *, qep: float = 0.0, qep_damping: float = DAMPING,
             qep_exclude: str | Sequence[str] = (), propagate_error: bool = True, **args: Any,
         ) -> None:  # fmt: skip
-            if not isinstance(qep, (int, float)) or not 0 <= qep <= 1 or qep_damping <= 0:
-                raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {qep_damping!r}", where=name)
+            _expect_qep(name, qep, qep_damping, qep_exclude)
             if not propagate_error and qep:
                 raise ConfigError(
                     "without propagate_error inputs have lost nothing that could be made good",
                     where=name,
                     remedy="Leave one of them out.",
                 )
-            if qep_exclude and not qep:
-                raise ConfigError("qep_exclude is for qep", where=name, remedy="Say qep: 0.5, or leave it out.")
             choose = functools.partial(function, **args)
             one = torch.eye(4)
             trial = (one[None], one[None]) if together else (one, one)
@@ -123,6 +109,14 @@ def weight_algorithm(
         return function
 
     return register
+
+
+def _expect_qep(name: str, qep: float, damping: float, exclude: str | Sequence[str]) -> None:
+    if not isinstance(qep, (int, float)) or not 0 <= qep <= 1 or damping <= 0:
+        raise ConfigError(f"qep is from 0 to 1, not {qep!r}, its damping positive: {damping!r}", where=name)
+    if not qep and (exclude or damping != DAMPING):
+        what = "qep_exclude" if exclude else "qep_damping"
+        raise ConfigError(f"{what} is for qep", where=name, remedy="Say qep: 0.5, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -302,40 +296,6 @@ def alike_in_rows(layers: list[Layer]) -> list[list[Layer]]:
     for layer in layers:
         found.setdefault(layer.shape(), []).append(layer)
     return list(found.values())
-
-
-def moments_of(layer: Layer, inputs: list[Tensor], wanted: list[Tensor] | None, stream: Stream) -> Moments:
-    """inputs, wanted: X̂ and X, one tensor for each batch of the stream. Raises CalibrationError without any."""
-    if layer.offsets is not None:
-        return _moments_of_experts(inputs, stream.until(layer.offsets))
-    total: Tensor | None = None
-    cross: Tensor | None = None
-    count = 0
-    for number, x in enumerate(inputs):
-        rows = input_rows(layer, x, stream.masks[number])
-        total = rows.new_zeros(len(rows), *[rows.shape[2]] * 2) if total is None else total
-        add_moments(total, rows)
-        count += rows.shape[1]
-        if wanted is not None:
-            lost = input_rows(layer, wanted[number], stream.masks[number]) - rows
-            moment = matmul(lost.transpose(1, 2), rows)
-            cross = moment if cross is None else cross + moment
-    if total is None:
-        raise CalibrationError("no calibration data reaches this layer", where=layer.view.where())
-    return Moments(mirrored(total), list(cross) if cross is not None else [None] * len(total), count)
-
-
-def _moments_of_experts(inputs: list[Tensor], offsets: list[Tensor]) -> Moments:
-    """Each expert has its own rows. Without cross terms: the float model may send a token to other experts."""
-    experts, width = len(offsets[0]), inputs[0].shape[-1]
-    total, counts = inputs[0].new_zeros(experts, width, width, dtype=torch.float32), [0] * experts
-    for x, ends in zip(inputs, offsets, strict=True):
-        for expert, (start, stop) in enumerate(bounds(ends)):
-            if stop > start:
-                add_moments(total[expert : expert + 1], x[None, start:stop].float())
-            counts[expert] += stop - start
-    unseen = tuple(expert for expert, count in enumerate(counts) if count == 0)
-    return Moments(mirrored(total), [None] * experts, sum(counts) / experts, unseen)
 
 
 def _correction(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -41,12 +41,12 @@ ROWS = 512  # of every tensor
 @ALGORITHMS.register("smoothquant")
 def smoothquant(
     graphs: Sequence[fx.GraphModule], run: Run, *, alpha: Alpha | dict[str, Alpha | None] = "search",
-    scaling_layers: Entries | None = None, model_decoder_layers: str = "model.layers",
+    scaling_layers: Entries | None = None, model_decoder_layers: str | None = None,
 ) -> None:  # fmt: skip
     """alpha: how much of the difficulty moves from activations to weights, 0 to 1; or "search"; or "log": s is
     max|x| / log2(2 + max|x|), whatever the weights are. Or these by selectors of linears, of which the last that fits
     counts; null for no scale; linears that none selects are searched. scaling_layers:
-    the only groups that are scaled, by names inside each of model_decoder_layers."""
+    the only groups that are scaled, by names inside each of model_decoder_layers ("model.layers")."""
     for value in alpha.values() if isinstance(alpha, dict) else [alpha]:
         known = value in ("search", "log") or (isinstance(value, (int, float)) and 0 <= value <= 1)
         if not known and not (value is None and isinstance(alpha, dict)):
@@ -59,8 +59,7 @@ def smoothquant(
             remedy="Leave it out (the preset int8 is int8_smoothquant without it); awq is for weights alone.",
         )
     asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
-    if scaling_layers is not None:
-        every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
+    every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]

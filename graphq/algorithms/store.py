@@ -280,6 +280,14 @@ def original_name(name: str, known: Mapping[str, Any]) -> tuple[str | None, bool
     return name, turned
 
 
+def bare_name(name: str) -> str:
+    """Without the words that graphq appends."""
+    words = sorted((*WORDS, *ALGORITHMS.names()), key=len, reverse=True)
+    while (word := next((w for w in words if name.endswith(f"_{w}")), None)) is not None:
+        name = name.removesuffix(f"_{word}")
+    return name
+
+
 def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text())

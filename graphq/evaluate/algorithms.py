@@ -10,8 +10,9 @@ from torch import fx
 
 from graphq.algorithms.base import check_arguments
 from graphq.algorithms.layers import by_input
+from graphq.algorithms.moments import moments_of
 from graphq.algorithms.results import WeightResult
-from graphq.algorithms.sequential import ASYMMETRIC, FUNCTIONS, OF_THE_WALK, alike_in_rows, moments_of, round_weights
+from graphq.algorithms.sequential import ASYMMETRIC, FUNCTIONS, OF_THE_WALK, alike_in_rows, round_weights
 from graphq.calibration.runner import progress_of
 from graphq.calibration.stream import Stream
 from graphq.config.config import Algorithm

@@ -104,6 +104,55 @@ def test_all_experts_are_quantized_and_the_one_without_tokens_is_named(mixtral, 
         torch.testing.assert_close(eager(data()[0]), rounded(data()[0]), atol=1e-4, rtol=1e-4)
 
 
+class Modules(torch.nn.Module):
+    """Experts as modules, each on the tokens that are picked for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = torch.nn.Linear(32, 4), torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == number)
+            out = out.index_add(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq", "adaround", "autoround", "awq"])
+def test_experts_as_modules_have_their_own_tokens_and_one_without_is_named(algorithm):
+    torch.manual_seed(0)
+    model = Modules().eval()
+    model.gate.bias.data[3] = -100
+    batches = [torch.randn(40 + n, 32) for n in range(6)]
+    prepared = graphq.prepare(
+        model, config((algorithm,)), (batches[0],), target="simulation", dynamic_shapes=({0: FREE[0]},)
+    )
+    graph = graphq.calibrate(prepared, batches, progress=False)
+    results = {r.layer: r for r in graphq.weight_results(graph)}
+    if algorithm != "awq":
+        assert len(results) == 4 and results["experts.3"].unseen == (0,) and not results["experts.2"].unseen
+        assert results["experts.3"].mean_output_squared_error == 0
+        assert "no token" in next(r.reason for r in graphq.explain(graph).rows if r.layer == "experts.3")
+    for weight in graphq.quantized_weights(graph):
+        if weight.layer == "experts.3":
+            scale = weight.scale.repeat_interleave(16, 1)
+            nearest = (model.experts[3].weight / scale).round().clamp(-8, 7) * scale
+            torch.testing.assert_close(weight.read(), nearest.detach())
+    with torch.no_grad():
+        assert graphq.compare(model, graph, batches, per_op=False).sqnr > 15
+
+
+def test_static_experts_as_modules_run_in_the_runtime(tmp_path):
+    torch.manual_seed(0)
+    model, batches = Modules().eval(), [torch.randn(40 + n, 32) for n in range(4)]
+    model.gate.bias.data[3] = -100
+    graph = graphq.quantize(model, "int8", batches, dynamic_shapes=({0: FREE[0]},), progress=False)
+    path = graphq.export(graph, tmp_path / "m.onnx")
+    assert graphq.verify(graph, path, batches).agrees and graphq.compare(model, graph, batches).sqnr > 15
+
+
 def test_scales_per_channel_are_those_of_every_expert_and_weights_come_back_from_a_store(mixtral, tmp_path):
     settings, graphs = config(("gptq",), granularity="channel"), []
     for _ in range(2):

@@ -68,10 +68,18 @@ def test_columns_are_those_of_the_inverse_that_shrinks(spec, order, block):
     assert torch.equal(grid.rounded(found), found)
 
 
+GRIDS = {
+    **{f: GROUPS.model_copy(update={"format": f}) for f in ("int4", "fp4_e2m1", "int8", "fp8_e4m3", "fp6_e2m3")},
+    **{f"{f}, blocks": QuantSpec(format=f, granularity="block", block=(8, 16)) for f in ("int4", "fp8_e4m3")},
+    "nvfp4": QuantSpec(format="nvfp4"),
+    "mxfp4": QuantSpec(format="mxfp4"),
+}
+
+
 @pytest.mark.parametrize("arguments", [{}, {"order": "none"}, {"order": "none", "groups": "dynamic"}])
-@pytest.mark.parametrize("format", ["int4", "fp4_e2m1", "int8"])
-def test_products_are_closer_than_with_the_nearest_values(format, arguments):
-    spec = GROUPS.model_copy(update={"format": format})
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_products_are_closer_than_with_the_nearest_values(name, arguments):
+    spec = GRIDS[name]
     weight, hessian = torch.randn(24, 32), hessian_of(correlated())
     grid = Grid(spec, spec.block_for(2), weight)
     nearest = weight - grid.rounded(weight)
@@ -249,6 +257,28 @@ def test_tokens_that_the_mask_leaves_out_do_not_count(algorithm):
             graph = graphq.quantize(model, config(algorithm, select="blocks.0.q"), given, progress=False)
             grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
     assert all(torch.equal(grids[0], other) for other in grids[1:])
+
+
+WEIGHT_ALGORITHMS = ["rtn", "gptq", "fpi_gptq", "gptaq", "adaround", "autoround", "awq"]
+
+
+@pytest.mark.parametrize("algorithm", WEIGHT_ALGORITHMS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_refused_and_the_layer_is_named(algorithm, value):
+    model, data = Decoder(1).eval(), correlated()
+    data[1][0, 3, 2] = value
+    prepared = graphq.prepare(model, config(algorithm), (data[0],), target="simulation")
+    with pytest.raises(CalibrationError, match=r"not finite(.|\n)*blocks\.0"):
+        graphq.calibrate(prepared, data, progress=False)
+
+
+@pytest.mark.parametrize("algorithm", WEIGHT_ALGORITHMS)
+def test_a_mask_that_leaves_no_token_is_an_error_and_not_a_weight(algorithm):
+    model, data = Decoder(1).eval(), correlated()
+    batches = [(x, torch.zeros(2, 40, dtype=torch.int64)) for x in data]
+    prepared = graphq.prepare(model, config(algorithm), batches[0], target="simulation")
+    with pytest.raises(CalibrationError, match=r"no (calibration data|token)(.|\n)*blocks\.0(.|\n)*remedy"):
+        graphq.calibrate(prepared, batches, progress=False)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

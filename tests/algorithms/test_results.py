@@ -6,7 +6,7 @@ from test_gptq import GROUPS, Decoder, config, correlated
 from torch import nn
 
 import graphq
-from graphq import compare_algorithms, weight_results
+from graphq import QuantSpec, compare_algorithms, weight_results
 from graphq.calibration.stream import Stream
 from graphq.errors import ConfigError
 
@@ -41,6 +41,24 @@ def test_the_six_errors_are_those_of_a_direct_computation_in_float64(algorithm):
             assert getattr(result, name) == pytest.approx(value.item(), rel=1e-4), name
         assert result.seconds > 0 and result.layer == str(layer)
         x = torch.relu(x @ rounded.T + model[layer].bias.detach().double())
+
+
+def test_the_errors_of_convolutions_are_those_of_a_direct_computation_in_float64():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
+    data = [torch.randn(2, 4, 9, 11) for _ in range(3)]
+    spec = QuantSpec(format="int4", granularity="channel")
+    graph = calibrated(nn.Sequential(conv), config("gptq", spec=spec, select="conv"), data)
+    [result], w = weight_results(graph), conv.weight.detach().double()
+    rounded = next(iter(graphq.apply_weights(graph, nn.Sequential(conv)).parameters())).detach().double()
+    output, lost = (
+        nn.functional.conv2d(torch.cat(data).double(), v, stride=2, padding=1, groups=2).square()
+        for v in (w, w - rounded)
+    )
+    assert result.output_squared_error == pytest.approx(lost.sum().item(), rel=1e-5)
+    assert result.mean_output_squared_error == pytest.approx(lost.mean().item(), rel=1e-5)
+    assert result.relative_output_squared_error == pytest.approx((lost.sum() / output.sum()).item(), rel=1e-5)
+    assert result.mean_weight_squared_error == pytest.approx((w - rounded).square().mean().item(), rel=1e-6)
 
 
 def test_nothing_is_relative_to_zero():

@@ -74,5 +74,7 @@ def test_what_the_graph_does_not_show_is_an_error_that_says_what_it_shows(entry,
 
 def test_the_list_of_decoder_layers_is_found_by_the_end_of_its_path():
     assert scaled([QKV], model_decoder_layers="layers")[0] == scaled([QKV])[0]
+    with pytest.raises(ConfigError, match="where scaling_layers are"):
+        scaled(None, model_decoder_layers="model.layers")
     with pytest.raises(ConfigError, match="no list of layers"):
         scaled([QKV], model_decoder_layers="model.layer")

@@ -245,6 +245,11 @@ def test_algorithms_of_quark_are_ours_by_its_words(given, name, args):
     assert QuantConfig.from_quark({"algo_config": [given]}).algorithms == config.algorithms
 
 
+def test_groups_that_are_scattered_by_quarks_order_are_refused_when_they_are_read():
+    with pytest.raises(ConfigError, match="static_groups"):
+        QuantConfig.from_quark({"algo_config": {"name": "gptq", "desc_act": True, "static_groups": False}})
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [

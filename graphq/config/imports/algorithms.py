@@ -45,6 +45,9 @@ def _of_quark(fields: dict[str, Any]) -> Algorithm:
     if name == "gptq":
         order = "activation" if f.get("desc_act", True) else "none"
         groups = "static" if f.get("static_groups", True) else "dynamic"
+        if (order, groups) == ("activation", "dynamic"):
+            raise ConfigError("groups of columns that do not lie together have no place in a file here",
+                              where="static_groups", remedy="static_groups: true, or desc_act: false.")  # fmt: skip
         return Algorithm(name="gptq", args={"damping": f.get("damp_percent", 0.01), "order": order, "groups": groups})
     if f.get("scale_clamp_min", QUARK_CLAMP) != QUARK_CLAMP:
         raise ConfigError(

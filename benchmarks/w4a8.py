@@ -38,6 +38,7 @@ METHODS = {  # name → (observer of the weights, bias correction, algorithms)
     "GPTQ + bias correction": ("mse_grid", True, ["gptq"]),
     "GPTQ + QEP": ("mse_grid", True, [{"name": "gptq", "args": QEP}]),
     "… ranges weighted by inputs": ("imatrix_mse", True, [{"name": "gptq", "args": QEP}]),
+    "… equalized first": ("imatrix_mse", True, ["equalization", {"name": "gptq", "args": QEP}]),
     "AdaRound + QEP": ("mse_grid", True, [{"name": "adaround", "args": QEP}]),
 }
 

@@ -77,7 +77,6 @@ class _Walk:
                 if reason:
                     self.others[layer.node] = reason
                     continue
-                layer.compensates = True
                 self.sources[layer.node] = layer.node.args[0]  # type: ignore[assignment]
                 groups.setdefault(source, []).append(layer)
         if not groups:
@@ -101,7 +100,10 @@ class _Walk:
         for stream in (self.rounded, self.exact) if self.left else ():
             stream.until(block.start)  # also where this block is learned already: one block's weights at a time
         if self.store is not None and block not in self.left:
-            self.results += [settle_stored(layer, NAME, self.store) for layer in block.layers]
+            for layer in block.layers:
+                stored = self.store.get(layer.parameter_name)
+                layer.compensates = stored is not None and not stored.result.taken_back
+                self.results.append(settle_stored(layer, NAME, self.store))
             return
         self.left.remove(block)
         wanted = self._wanted(block)
@@ -200,7 +202,9 @@ class _Walk:
         errors = errors_of(rounding.original, chosen, grid, rounding.hessian, rounding.rows)
         about = (layer.node.name, layer.view.path, NAME, seconds)
         unseen = () if rounding.rows else (0,)
-        result = WeightResult(*about, **errors, unseen=unseen, taken_back=not better)  # type: ignore[arg-type]
+        back = () if better else tuple(range(len(rounding.hessian)))
+        result = WeightResult(*about, **errors, unseen=unseen, taken_back=back)  # type: ignore[arg-type]
+        layer.compensates = better  # the nearest values make nothing good
         settle(layer, chosen, grid, NAME, result, self.store)
         self.results.append(result)
 

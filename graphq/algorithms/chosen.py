@@ -18,7 +18,6 @@ def settle(
     layer: Layer, chosen: Tensor, grid: Grid, name: str, result: WeightResult, store: WeightStore | None
 ) -> None:
     """chosen: the weight as a matrix [out, K], on the grid. name: of the algorithm."""
-    layer.compensates &= not result.taken_back
     if store is None:
         layer.settle(chosen, grid, name, result.words())
         return
@@ -45,7 +44,6 @@ def settle_stored(layer: Layer, name: str, store: WeightStore) -> WeightResult:
             where=str(stored.path),
             remedy="Name a new folder, or delete this one.",
         )
-    layer.compensates &= not result.taken_back
     weight, scale, zero = placeholders(stored, original.device)
     if not layer.is_on_disk:
         weight, scale, zero = (values_of(t) for t in (weight, scale, zero))

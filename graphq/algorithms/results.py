@@ -25,8 +25,8 @@ class WeightResult:
     output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
     over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
     grid. seconds: of choosing. unseen: experts that no calibration token has reached, (0,) of a layer that is one; they
-    are rounded to the nearest. taken_back: what was learned was no better on data held out, so that the nearest values
-    are taken.
+    are rounded to the nearest. taken_back: experts or groups (0 of a layer that has one) for which what was learned
+    was no better on data held out, so that the nearest values are taken.
     """
 
     node: str
@@ -41,10 +41,11 @@ class WeightResult:
     relative_weight_squared_error: float | None
     nearest: float | None
     unseen: tuple[int, ...] = ()
-    taken_back: bool = False
+    taken_back: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "unseen", tuple(self.unseen))  # JSON knows lists only
+        for name in ("unseen", "taken_back"):  # JSON knows lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,6 +55,7 @@ class WeightResult:
         if self.relative_output_squared_error is None and self.unseen == (0,):
             return f"{self.algorithm}: no token of the calibration data reaches it, and it is rounded to the nearest"
         back = "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
+        back += f" (groups {', '.join(map(str, self.taken_back))})" if self.taken_back not in ((), (0,)) else ""
         if self.relative_output_squared_error is None or self.nearest is None:
             return f"{self.algorithm}: its products are zero on all data{back}"
         lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"

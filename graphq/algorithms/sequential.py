@@ -35,6 +35,7 @@ from graphq.config.spec import QuantSpec
 from graphq.errors import CalibrationError, ConfigError, GraphqError, did_you_mean
 from graphq.graph.garbage import give_back
 from graphq.graph.passes import finish
+from graphq.numerics.products import linear
 from graphq.numerics.scales import TWO_LEVEL
 from graphq.passes.placement import shared_magnitudes
 
@@ -194,7 +195,9 @@ class _Walk:
             if self.store is not None and self._stored(layers):
                 self.results += [settle_stored(layer, self.name, self.store) for layer in layers]
                 continue
-            moments = moments or moments_of(alike[0], inputs, wanted, self.rounded)
+            moments = moments or moments_of(
+                alike[0], inputs, wanted, self.rounded, hold_out=not _wants(self.choose, ASYMMETRIC)
+            )
             self._quantize(layers, moments)
 
     def _stored(self, layers: list[Layer]) -> bool:
@@ -236,10 +239,27 @@ def round_weights(
     seconds, found = time.perf_counter() - start, []
     rows = [len(weight)] if len(layers) == 1 else [layer.shape_of_weight[0] for layer in layers]
     for layer, w, c, g in zip(layers, weight.split(rows), chosen.split(rows), grid.split(rows), strict=True):
+        c, back = (c, ()) if _wants(choose, ASYMMETRIC) else _judged(w, c, g.rounded(w), moments.held)
         errors = errors_of(w, c, g, hessian, moments.rows)
         about = (layer.node.name, layer.view.path, name, seconds * len(w) / len(weight))
-        found.append((c, g, WeightResult(*about, **errors, unseen=moments.unseen)))  # type: ignore[arg-type]
+        result = WeightResult(*about, **errors, unseen=moments.unseen, taken_back=back)  # type: ignore[arg-type]
+        found.append((c, g, result))
     return found
+
+
+def _judged(
+    weight: Tensor, chosen: Tensor, nearest: Tensor, held: Sequence[Tensor | None]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """(the chosen weight, with the nearest values in groups where they lose no more on rows held out; these groups)."""
+    parts, back = list(chosen.chunk(len(held))), []
+    for i, (w, near, rows) in enumerate(zip(weight.chunk(len(held)), nearest.chunk(len(held)), held, strict=True)):
+        if rows is None or torch.equal(parts[i], near):
+            continue
+        learned, plain = (linear(rows, w - other).square().sum() for other in (parts[i], near))
+        if learned >= plain:
+            parts[i] = near
+            back.append(i)
+    return (torch.cat(parts) if back else chosen), tuple(back)
 
 
 def _by_group(choose: WeightFunction, weight: Tensor, moments: Moments, grid: Grid) -> Tensor:

@@ -1,6 +1,7 @@
 """GPTQ and QEP give what their formulas say, on one pass of the data, and their codes reach the runtime."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from graphq.algorithms import autoround as autoround_module
 from graphq.algorithms import sequential
 from graphq.algorithms.gptq import gptq, inverse_factor
 from graphq.algorithms.grid import Grid
+from graphq.algorithms.layers import by_input
+from graphq.algorithms.moments import moments_of
 from graphq.algorithms.results import RESULTS
 from graphq.calibration.stream import Stream
 from graphq.config.presets import SCHEMES
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
 def test_moments_are_computed_once_for_layers_that_read_one_tensor_and_ops_run_once(qep, monkeypatch):
     moments, ops = [], []
     compute, step = sequential.moments_of, Stream._step
-    monkeypatch.setattr(sequential, "moments_of", lambda *args: moments.append(1) or compute(*args))
+    monkeypatch.setattr(sequential, "moments_of", lambda *a, **k: moments.append(1) or compute(*a, **k))
     monkeypatch.setattr(Stream, "_step", lambda self, node, values: ops.append(node.name) or step(self, node, values))
     model, data = Decoder().eval(), correlated()
     graph = graphq.quantize(model, config({"name": "gptq", "args": {"qep": qep}}), data, progress=False)
@@ -257,6 +260,41 @@ def test_tokens_that_the_mask_leaves_out_do_not_count(algorithm):
             graph = graphq.quantize(model, config(algorithm, select="blocks.0.q"), given, progress=False)
             grids.append(next(b for n, b in graph.named_buffers() if n.endswith("codes")))
     assert all(torch.equal(grids[0], other) for other in grids[1:])
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "fpi_gptq", "adaround"])
+@pytest.mark.parametrize("rows", [32, 2048])
+def test_what_few_rows_teach_is_taken_back_where_it_is_worse_on_others(algorithm, rows):
+    torch.manual_seed(0)
+    mixing = torch.randn(128, 128) * torch.logspace(0, -2, 128)
+    model, few = nn.Linear(128, 32).eval(), list((torch.randn(rows, 128) @ mixing).split(rows // 4))
+    others = torch.randn(2048, 128) @ mixing
+    sqnr = {}
+    for name in ("rtn", algorithm):
+        settings = config(name, spec=QuantSpec(format="int4", granularity="channel"))
+        graph = graphq.quantize(model, settings, few, target="simulation", progress=False)
+        sqnr[name] = graphq.compare(model, graph, [others], per_op=False).sqnr
+    [result] = graphq.weight_results(graph)
+    if rows == 32:
+        assert result.taken_back == (0,) and sqnr[algorithm] == sqnr["rtn"] and "held-out" in result.words()
+    else:
+        assert result.taken_back == () and sqnr[algorithm] > sqnr["rtn"] + 0.5
+
+
+def test_rows_that_are_held_out_teach_nothing_and_where_many_are_seen_none_is():
+    torch.manual_seed(0)
+    layer = next(iter(by_input(graphq.prepare(nn.Linear(32, 8), config(), (torch.randn(2, 32),)))[0].values()))[0]
+    few, many = torch.randn(100, 32), torch.randn(200, 32)
+    stream = SimpleNamespace(masks=[None])
+    moments = moments_of(layer, [few], None, stream)
+    held = moments.held[0]
+    assert 5 <= len(held) <= 25 and moments.rows == 100 - len(held)
+    assert all((few == row).all(1).any() for row in held)
+    torch.testing.assert_close(moments.hessian[0] + held.T @ held, few.T @ few, rtol=1e-4, atol=1e-4)
+    for x, kwargs in ((many, {}), (few, {"hold_out": False}), (few[:10], {})):
+        moments = moments_of(layer, [x], None, stream, **kwargs)
+        assert moments.held == [None] and moments.rows == len(x)
+        torch.testing.assert_close(moments.hessian[0], x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 WEIGHT_ALGORITHMS = ["rtn", "gptq", "fpi_gptq", "gptaq", "adaround", "autoround", "awq"]

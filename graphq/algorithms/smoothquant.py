@@ -3,10 +3,10 @@
     x ─ Q ─ linear(W)     ⇒     x · 1/s ─ Q ─ linear(W · s),     s = max|x|^α / max|W|^(1-α) per input channel
 
 α is searched for every group of linears that read one tensor, "none" included: the one with the least squared error of
-the group's products, inputs and weights quantized. s and the range of the input are those of one half of the
-calibration data and the error is that of the other, and both ways: with a large α all channels reach the end of the
-range, which looks best on the few rows that it was found on and cuts all others off. Inputs have one scale, or one per
-token; where they have one per group they are searched as if they had one.
+the group's products, inputs and weights quantized. Where calibration finds the range of the input, s and the range are
+those of one half of the data and the error is that of the other, and both ways: with a large α all channels reach the
+end of the range, which looks best on the few rows that it was found on and cuts all others off. Inputs have one scale,
+or one per token; where they have one per group they are searched as if they had one.
 """
 
 from __future__ import annotations
@@ -131,13 +131,14 @@ def _searched(gm: fx.GraphModule, group: Group, seen: RowSamples) -> Tensor | No
     def candidates(activations: Tensor) -> list[Tensor]:
         return [torch.ones_like(largest), *(tie(_scale(activations, largest, a)) for a in ALPHAS)]
 
+    first, second = slice(0, 1), slice(1, 2)
+    apart = [(first, seen.rows_in(1)), (second, seen.rows_in(0))]
     errors = torch.zeros(1 + len(ALPHAS), dtype=torch.float64)
-    for half in (0, 1):
-        rows = seen.rows_in(1 - half)
+    for part, rows in [(slice(0, 2), seen.rows)] if spec.dynamic else apart:  # ranges found at run time cut nothing off
         wanted = [linear(rows, w) for w in own]
-        for i, scale in enumerate(candidates(seen.largest[half])):
+        for i, scale in enumerate(candidates(seen.largest[part].amax(0))):
             rounded = [_rounded_weight(w * scale, s) for w, s in zip(own, specs, strict=True)]
-            ends = (seen.lowest[half] / scale).min(), (seen.highest[half] / scale).max()
+            ends = (seen.lowest[part] / scale).min(), (seen.highest[part] / scale).max()
             clips = (1.0,) if spec.dynamic else CLIPS
             errors[i] += min(_error(rows / scale, (ends[0] * c, ends[1] * c), spec, rounded, wanted) for c in clips)
     best = int(errors.argmin())

@@ -69,7 +69,7 @@ def apply_weights(calibrated: fx.GraphModule, model: nn.Module, *, packed: bool 
             if packed and quantizer is not None and isinstance(state[name], nn.Parameter):
                 codes[name] = _packed(tensor, quantizer, turned)
             elif packed and quantizer is not None:
-                warnings.warn(f"{name} is no parameter but a buffer, and goes back dequantized", stacklevel=2)
+                warnings.warn(f"{name} is no parameter but a buffer, and goes back dequantized", stacklevel=3)
     for name, value in given.items():
         if state[name].shape != value.shape:
             raise StateError("this weight has another shape in the model", where=name, remedy="Give the traced model.")

@@ -201,8 +201,8 @@ class _Walk:
         chosen = rounding.matrix().detach()
         errors = errors_of(rounding.original, chosen, grid, rounding.hessian, rounding.rows)
         about = (layer.node.name, layer.view.path, NAME, seconds)
-        unseen = () if rounding.rows else (0,)
-        back = () if better else tuple(range(len(rounding.hessian)))
+        every = tuple(range(len(rounding.hessian)))
+        unseen, back = () if rounding.rows else every, () if better else every
         result = WeightResult(*about, **errors, unseen=unseen, taken_back=back)  # type: ignore[arg-type]
         layer.compensates = better  # the nearest values make nothing good
         settle(layer, chosen, grid, NAME, result, self.store)

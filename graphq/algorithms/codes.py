@@ -13,9 +13,10 @@ from graphq.algorithms.store import bare_name
 from graphq.config.spec import QuantSpec
 from graphq.errors import StateError
 from graphq.graph.decision import decision_of
+from graphq.graph.several import expect_one
 from graphq.graph.view import LayerView, parameter
 from graphq.numerics.affine import dequantize, quantize
-from graphq.passes.placement import quantizer_at, quantizer_calls
+from graphq.passes.placement import quantizer_at
 from graphq.quantizer import TensorQuantizer
 
 
@@ -38,28 +39,38 @@ class QuantizedWeight:
         return dequantize(self.codes, self.scale, self.zero_point, self.block, self.spec.number_format)
 
 
-@torch.no_grad()
 def quantized_weights(calibrated: fx.GraphModule) -> Iterator[QuantizedWeight]:
     """The quantized weights of a calibrated graph, one after the other in its order; one that several ops read comes
     once. Raises StateError for graphs of another stage, and for a weight that no codes stand for."""
-    if calibrated.meta.get("graphq_stage") != "calibrated":
+    expect_one(calibrated, "quantized_weights")
+    if getattr(calibrated, "meta", {}).get("graphq_stage") != "calibrated":
         raise StateError("weights have codes once the graph is calibrated", remedy="Call graphq.calibrate first.")
+    return _each(calibrated)
+
+
+def _each(calibrated: fx.GraphModule) -> Iterator[QuantizedWeight]:
     results, seen = {r.node: r for r in weight_results(calibrated)}, set()
     for node in calibrated.graph.nodes:
         decision = decision_of(node)
         if decision is None or decision.weight is None or decision.weight_spec is None:
             continue
-        _, call = quantizer_calls(decision)
-        if call is None or call in seen:
-            continue
-        seen.add(call)
-        weight, quantizer = parameter(calibrated, decision.weight), quantizer_at(calibrated, call)
-        assert weight is not None
-        name, (scale, zero) = bare_name(str(decision.weight.target)), quantizer.qparams
-        yield QuantizedWeight(
-            name, LayerView(calibrated, node).path, quantizer.spec, quantizer.block,
-            codes_of(weight, quantizer), scale, zero.expand_as(scale), results.get(node.name),
-        )  # fmt: skip
+        for read in (decision.weight, *decision.more_weights):
+            call = next((user for user in read.users if user.op == "call_module"), None)
+            if call is None or call in seen:
+                continue
+            seen.add(call)
+            with torch.no_grad():
+                yield _weight(LayerView(calibrated, node), read, call, results.get(node.name))
+
+
+def _weight(view: LayerView, read: fx.Node, call: fx.Node, result: WeightResult | None) -> QuantizedWeight:
+    weight, quantizer = parameter(view.gm, read), quantizer_at(view.gm, call)
+    assert weight is not None
+    scale, zero = quantizer.qparams
+    return QuantizedWeight(
+        bare_name(str(read.target)), view.path, quantizer.spec, quantizer.block,
+        codes_of(weight, quantizer), scale, zero.expand_as(scale), result,
+    )  # fmt: skip
 
 
 def codes_of(weight: Tensor, quantizer: TensorQuantizer) -> Tensor:

@@ -24,9 +24,9 @@ class WeightResult:
 
     output_squared_error: ‖(W - Ŵ)·X‖²; weight_squared_error: ‖W - Ŵ‖². mean_…: by the number of elements. relative_…:
     over ‖W·X‖² and ‖W‖², None where that is zero. nearest: the relative output error of the nearest values on the same
-    grid. seconds: of choosing. unseen: experts that no calibration token has reached, (0,) of a layer that is one; they
-    are rounded to the nearest. taken_back: experts or groups (0 of a layer that has one) for which what was learned
-    was no better on data held out, so that the nearest values are taken.
+    grid. seconds: of choosing. groups: experts, or groups of channels. unseen: those that no calibration token has
+    reached; they are rounded to the nearest. taken_back: those for which what was learned was no better on data held
+    out, so that the nearest values are taken.
     """
 
     node: str
@@ -40,10 +40,13 @@ class WeightResult:
     mean_weight_squared_error: float
     relative_weight_squared_error: float | None
     nearest: float | None
+    groups: int = 1
     unseen: tuple[int, ...] = ()
     taken_back: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.taken_back, bool):  # as it was kept before groups were told apart
+            object.__setattr__(self, "taken_back", (0,) if self.taken_back else ())
         for name in ("unseen", "taken_back"):  # JSON knows lists only
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -52,10 +55,11 @@ class WeightResult:
 
     def words(self) -> str:
         """For a decision's reason."""
-        if self.relative_output_squared_error is None and self.unseen == (0,):
+        if len(self.unseen) == self.groups:
             return f"{self.algorithm}: no token of the calibration data reaches it, and it is rounded to the nearest"
         back = "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
-        back += f" (groups {', '.join(map(str, self.taken_back))})" if self.taken_back not in ((), (0,)) else ""
+        if 0 < len(self.taken_back) < self.groups:
+            back += f" in groups {', '.join(map(str, self.taken_back))} of {self.groups}"
         if self.relative_output_squared_error is None or self.nearest is None:
             return f"{self.algorithm}: its products are zero on all data{back}"
         lost = f"{self.relative_output_squared_error:.2%} of its products' energy lost"
@@ -91,6 +95,7 @@ def errors_of(weight: Tensor, chosen: Tensor, grid: Grid, hessian: Tensor, rows:
         "mean_weight_squared_error": squares / weight.numel(),
         "relative_weight_squared_error": squares / norm if norm > 0 else None,
         "nearest": nearest / total if total > 0 else None,
+        "groups": len(hessian),
     }
 
 

@@ -8,7 +8,7 @@ from graphq.algorithms.grid import Grid
 from graphq.algorithms.sequential import weight_algorithm
 
 
-@weight_algorithm("rtn")
+@weight_algorithm("rtn", judged=False)
 def rtn(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     """weight: [out, in]. It has no arguments of its own."""
     return grid.rounded(weight)

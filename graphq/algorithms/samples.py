@@ -18,8 +18,8 @@ class RowSamples(nn.Module):
     channel.
 
     Deterministic, and bounded: when there are too many rows, every other one goes, and of later tensors too. Tokens
-    that a mask leaves out do not count. Ranges are kept for two halves of the rows, so that what one has shown can be
-    judged by the other.
+    that a mask leaves out do not count. Ranges are kept for two halves of the rows, drawn by lot, so that what one has
+    shown can be judged by the other.
     """
 
     lowest: Tensor  # [half, channels]
@@ -30,8 +30,10 @@ class RowSamples(nn.Module):
         super().__init__()
         self.masks = masks
         self.most, self.step, self.count = most, 1, 0
+        self.order = torch.Generator().manual_seed(0)
         self.reached = False  # by any row, those included that do not count
         self.kept: list[Tensor] = []
+        self.halves: list[Tensor] = []  # of the kept rows: are they in the second?
 
     def forward(self, x: Tensor) -> None:
         self.reached |= x.numel() > 0
@@ -40,7 +42,8 @@ class RowSamples(nn.Module):
             return
         if not self.count:
             self.lowest, self.highest = (rows.new_full((2, rows.shape[1]), far) for far in (torch.inf, -torch.inf))
-        second = _second_half(self.count, len(rows)).to(rows.device)
+        drawn = torch.rand(len(rows), generator=self.order) < 0.5
+        second = drawn.to(rows.device)
         for half, some in enumerate((rows[~second], rows[second])):
             if len(some):
                 self.lowest[half] = torch.minimum(self.lowest[half], some.amin(0))
@@ -50,8 +53,9 @@ class RowSamples(nn.Module):
         first = -self.count % self.step
         self.count += len(rows)
         self.kept.append(rows[first :: self.step].clone())
+        self.halves.append(drawn[first :: self.step])
         while sum(map(len, self.kept)) > self.most:
-            self.kept = [torch.cat(self.kept)[::2]]
+            self.kept, self.halves = [torch.cat(self.kept)[::2]], [torch.cat(self.halves)[::2]]
             self.step *= 2
 
     @property
@@ -61,7 +65,7 @@ class RowSamples(nn.Module):
 
     def rows_in(self, half: int) -> Tensor:
         """Those of the kept rows that are in half 0 or 1."""
-        return self.rows[(_second_half(0, len(self.rows)) == half).to(self.lowest.device)]
+        return self.rows[(torch.cat(self.halves) == bool(half)).to(self.lowest.device)]
 
     @property
     def largest(self) -> Tensor:
@@ -72,15 +76,6 @@ class RowSamples(nn.Module):
     def mean(self) -> Tensor:
         """Mean magnitude [channels]."""
         return (self.magnitude / self.count).float()
-
-
-def _second_half(start: int, count: int) -> Tensor:
-    """Is a row in the second half? By its number: has it an odd number of bits (the sequence of Thue and Morse)? So
-    every other row, and every other of those, lie in both halves, and nothing that is periodic in one alone."""
-    bits = torch.arange(start, start + count)
-    for shift in (32, 16, 8, 4, 2, 1):
-        bits = bits ^ (bits >> shift)
-    return (bits & 1).bool()
 
 
 def rows_of(

@@ -49,12 +49,13 @@ DAMPING = 0.01  # of qep, relative to the mean of the moments' diagonal
 ENOUGH = 0.1  # share of qep from which a weight makes good more than the correction of its bias would
 TOGETHER = "graphq_together"  # attribute of a function that takes all groups of a layer at once
 BY_ROW = "graphq_by_row"  # … whose rows know nothing of each other
+JUDGED = "graphq_judged"  # … whose choice may be worse than the nearest values on other data, and is held against them
 ASYMMETRIC = "graphq_asymmetric"  # … that wants to know what the inputs have lost
 OF_THE_WALK = ("qep", "qep_damping", "qep_exclude", "propagate_error")  # arguments that are not the function's own
 
 
 def weight_algorithm(
-    name: str, *, together: bool = False, by_row: bool = False, asymmetric: bool = False
+    name: str, *, together: bool = False, by_row: bool = False, asymmetric: bool = False, judged: bool = True
 ) -> Callable[[WeightFunction], WeightFunction]:
     """Register a function (weight [out, in], hessian [in, in], grid, *, …) → weight on the grid.
 
@@ -69,6 +70,7 @@ def weight_algorithm(
     def register(function: WeightFunction) -> WeightFunction:
         setattr(function, TOGETHER, together)
         setattr(function, BY_ROW, by_row)
+        setattr(function, JUDGED, judged and not asymmetric)
         setattr(function, ASYMMETRIC, asymmetric)
 
         def algorithm(
@@ -196,7 +198,7 @@ class _Walk:
                 self.results += [settle_stored(layer, self.name, self.store) for layer in layers]
                 continue
             moments = moments or moments_of(
-                alike[0], inputs, wanted, self.rounded, hold_out=not _wants(self.choose, ASYMMETRIC)
+                alike[0], inputs, wanted, self.rounded, hold_out=_wants(self.choose, JUDGED)
             )
             self._quantize(layers, moments)
 
@@ -230,6 +232,7 @@ def round_weights(
     where, spec, block = ", ".join(layer.view.where() for layer in layers), layers[0].spec, layers[0].block
     try:
         grid = grid_of(spec, block, weight, hessian, overall)
+        scale = grid.scale.clone()
         chosen = _by_group(choose, weight, moments, grid)
         if chosen.shape != weight.shape:
             raise ConfigError(f"it gave a weight {list(chosen.shape)} for one of {list(weight.shape)}")
@@ -239,7 +242,7 @@ def round_weights(
     seconds, found = time.perf_counter() - start, []
     rows = [len(weight)] if len(layers) == 1 else [layer.shape_of_weight[0] for layer in layers]
     for layer, w, c, g in zip(layers, weight.split(rows), chosen.split(rows), grid.split(rows), strict=True):
-        c, back = (c, ()) if _wants(choose, ASYMMETRIC) else _judged(w, c, g.rounded(w), moments.held)
+        c, back = _judged(w, c, g, moments.held) if torch.equal(grid.scale, scale) else (c, ())  # refitted: see gptq
         errors = errors_of(w, c, g, hessian, moments.rows)
         about = (layer.node.name, layer.view.path, name, seconds * len(w) / len(weight))
         result = WeightResult(*about, **errors, unseen=moments.unseen, taken_back=back)  # type: ignore[arg-type]
@@ -248,17 +251,18 @@ def round_weights(
 
 
 def _judged(
-    weight: Tensor, chosen: Tensor, nearest: Tensor, held: Sequence[Tensor | None]
+    weight: Tensor, chosen: Tensor, grid: Grid, held: Sequence[Tensor | None]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """(the chosen weight, with the nearest values in groups where they lose no more on rows held out; these groups)."""
-    parts, back = list(chosen.chunk(len(held))), []
-    for i, (w, near, rows) in enumerate(zip(weight.chunk(len(held)), nearest.chunk(len(held)), held, strict=True)):
-        if rows is None or torch.equal(parts[i], near):
-            continue
-        learned, plain = (linear(rows, w - other).square().sum() for other in (parts[i], near))
-        if learned >= plain:
-            parts[i] = near
-            back.append(i)
+    """(the chosen weight, with the nearest values in groups where it loses more than they on rows held out; these)."""
+    if all(rows is None for rows in held):
+        return chosen, ()
+    parts, nearest, back = list(chosen.chunk(len(held))), grid.rounded(weight).chunk(len(held)), []
+    for i, (w, rows) in enumerate(zip(weight.chunk(len(held)), held, strict=True)):
+        if rows is not None:
+            learned, plain = (linear(rows, w - other).square().sum() for other in (parts[i], nearest[i]))
+            if learned > plain:
+                parts[i] = nearest[i]
+                back.append(i)
     return (torch.cat(parts) if back else chosen), tuple(back)
 
 

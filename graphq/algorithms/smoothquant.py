@@ -59,12 +59,14 @@ def smoothquant(
             remedy="Leave it out (the preset int8 is int8_smoothquant without it); awq is for weights alone.",
         )
     asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
+    every[0] = {name: group for name, group in every[0].items() if asked[name] is not None}
     every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]
-        if how is None or how == "search":
-            return None if how is None else _searched(graphs[0], group, seen)
+        assert how is not None
+        if how == "search":
+            return _searched(graphs[0], group, seen)
         largest = seen.largest.amax(0)
         if how == "log":
             above = largest.clamp(min=SMALLEST)

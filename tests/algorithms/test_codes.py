@@ -58,7 +58,19 @@ def test_a_table_that_two_ops_read_comes_once():
     assert weight.parameter == "table.weight" and weight.result is None
 
 
+def test_an_lstm_has_two():
+    torch.manual_seed(0)
+    model = nn.LSTM(8, 16, batch_first=True).eval()
+    graph = graphq.calibrate(graphq.prepare(model, "int8_dynamic", (torch.randn(1, 5, 8),)), [torch.randn(1, 5, 8)])
+    found = {w.codes.shape[1] for w in quantized_weights(graph)}
+    assert found == {8, 16}
+
+
 def test_a_graph_that_is_not_calibrated_has_none():
     prepared = graphq.prepare(nn.Linear(32, 8), config(spec=GROUPS), (torch.randn(2, 32),))
     with pytest.raises(StateError, match="calibrate"):
-        list(quantized_weights(prepared))
+        quantized_weights(prepared)
+    with pytest.raises(StateError, match="calibrate"):
+        quantized_weights(nn.Linear(32, 8))
+    with pytest.raises(StateError, match="one graph"):
+        quantized_weights({"onnxruntime": prepared})

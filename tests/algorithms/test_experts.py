@@ -135,11 +135,9 @@ def test_experts_as_modules_have_their_own_tokens_and_one_without_is_named(algor
         assert len(results) == 4 and results["experts.3"].unseen == (0,) and not results["experts.2"].unseen
         assert results["experts.3"].mean_output_squared_error == 0
         assert "no token" in next(r.reason for r in graphq.explain(graph).rows if r.layer == "experts.3")
-    for weight in graphq.quantized_weights(graph):
-        if weight.layer == "experts.3":
-            scale = weight.scale.repeat_interleave(16, 1)
-            nearest = (model.experts[3].weight / scale).round().clamp(-8, 7) * scale
-            torch.testing.assert_close(weight.read(), nearest.detach())
+    [weight] = [w for w in graphq.quantized_weights(graph) if w.layer == "experts.3"]
+    scale = weight.scale.repeat_interleave(16, 1)
+    torch.testing.assert_close(weight.read(), (model.experts[3].weight / scale).round().clamp(-8, 7).detach() * scale)
     with torch.no_grad():
         assert graphq.compare(model, graph, batches, per_op=False).sqnr > 15
 

@@ -297,6 +297,57 @@ def test_rows_that_are_held_out_teach_nothing_and_where_many_are_seen_none_is():
         torch.testing.assert_close(moments.hessian[0], x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_each_group_is_judged_by_its_own_rows():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 32)
+    grid = Grid(ROWS, ROWS.block_for(2), weight)
+    better, worse = weight[:4] + 1e-4, weight[4:] + 1
+    held = [torch.randn(6, 32), torch.randn(6, 32)]
+    found, back = sequential._judged(weight, torch.cat([better, worse]), grid, held)
+    assert back == (1,) and torch.equal(found, torch.cat([better, grid.rounded(weight)[4:]]))
+    assert sequential._judged(weight, torch.cat([better, worse]), grid, [held[0], None])[1] == ()
+
+
+def test_numbers_that_are_none_are_found_in_rows_that_are_held_out_too():
+    layer = next(iter(by_input(graphq.prepare(nn.Linear(32, 8), config(), (torch.randn(2, 32),)))[0].values()))[0]
+    for row in range(100):
+        x = torch.ones(100, 32)
+        x[row, 3] = torch.nan
+        with pytest.raises(CalibrationError, match="not finite"):
+            moments_of(layer, [x], None, SimpleNamespace(masks=[None]))
+
+
+@pytest.mark.parametrize("sizes", [[0, 0, 50, 50], [1, 40, 0, 60], [100]])
+def test_batches_of_any_size_are_few_rows_together(sizes):
+    layer = next(iter(by_input(graphq.prepare(nn.Linear(32, 8), config(), (torch.randn(2, 32),)))[0].values()))[0]
+    inputs = [torch.randn(n, 32) for n in sizes]
+    moments = moments_of(layer, inputs, None, SimpleNamespace(masks=[None] * len(sizes)))
+    assert 4 <= len(moments.held[0]) <= 30 and moments.rows + len(moments.held[0]) == sum(sizes)
+
+
+def test_of_convolutions_whole_images_are_held_out():
+    model = nn.Sequential(nn.Conv2d(8, 4, 3))
+    prepared = graphq.prepare(model, config(spec=ROWS, select="conv"), (torch.randn(1, 8, 5, 5),))
+    layer = next(iter(by_input(prepared)[0].values()))[0]
+    images = torch.arange(24.0).reshape(24, 1, 1, 1).expand(24, 8, 5, 5)
+    moments = moments_of(layer, list(images.split(4)), None, SimpleNamespace(masks=[None] * 6))
+    numbers, counts = moments.held[0][:, 0].unique(return_counts=True)
+    assert 1 <= len(numbers) <= 8 and (counts == 9).all() and moments.rows == 9 * (24 - len(numbers))
+    few = moments_of(layer, [images[:8]], None, SimpleNamespace(masks=[None]))
+    assert few.held == [None] and few.rows == 72
+
+
+@pytest.mark.parametrize("arguments", [{"groups": "dynamic", "order": "none"}, {}])
+def test_groups_that_are_found_on_the_way_are_not_judged_by_scales_of_another_weight(arguments):
+    torch.manual_seed(0)
+    model, few = nn.Linear(128, 32).eval(), [torch.randn(32, 128)]
+    graph = graphq.quantize(
+        model, config({"name": "gptq", "args": arguments}), few, target="simulation", progress=False
+    )
+    [result] = graphq.weight_results(graph)
+    assert bool(result.taken_back) is not bool(arguments)
+
+
 WEIGHT_ALGORITHMS = ["rtn", "gptq", "fpi_gptq", "gptaq", "adaround", "autoround", "awq"]
 
 

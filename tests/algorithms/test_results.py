@@ -1,5 +1,7 @@
 """What an algorithm says of its errors is what the products say; results outlive the graph."""
 
+import json
+
 import pytest
 import torch
 from test_gptq import GROUPS, Decoder, config, correlated
@@ -7,6 +9,7 @@ from torch import nn
 
 import graphq
 from graphq import QuantSpec, compare_algorithms, weight_results
+from graphq.algorithms.results import WeightResult
 from graphq.calibration.stream import Stream
 from graphq.errors import ConfigError
 
@@ -66,6 +69,18 @@ def test_nothing_is_relative_to_zero():
     [result] = weight_results(calibrated(nn.Sequential(nn.Linear(32, 8)), config("gptq"), data))
     assert result.relative_output_squared_error is None and result.relative_weight_squared_error is not None
     assert "zero on all data" in result.words()
+
+
+def test_results_say_which_groups_and_those_of_before_are_understood():
+    fields = {"node": "n", "layer": "l", "algorithm": "gptq", "seconds": 1.0, "output_squared_error": 1.0,
+              "mean_output_squared_error": 1.0, "relative_output_squared_error": 0.5, "weight_squared_error": 1.0,
+              "mean_weight_squared_error": 1.0, "relative_weight_squared_error": 0.5, "nearest": 0.7}  # fmt: skip
+    assert WeightResult(**fields, taken_back=True).taken_back == (0,)
+    assert WeightResult(**fields, taken_back=False).taken_back == ()
+    some = WeightResult(**fields, groups=4, taken_back=[0], unseen=[2])
+    assert "groups 0 of 4" in some.words() and "experts 2 saw no token" in some.words()
+    assert "groups" not in WeightResult(**fields, groups=2, taken_back=[0, 1]).words()
+    assert WeightResult(**json.loads(json.dumps(some.to_dict()))) == some
 
 
 def test_results_are_saved_with_the_graph_and_come_back_equal(tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from graphq.algorithms.base import RESCALED
 from graphq.algorithms.results import RESULTS, WeightResult
 from graphq.algorithms.scaling import SMOOTHED, place_scales
 from graphq.api import STAGE, Model, convert, prepare, stage_of
@@ -74,6 +75,7 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
         "canonical": [p.name for p in graph.meta["graphq_canonical"].passes],
         "trained": graph.meta.get(TRAINED),
         "smoothed": graph.meta.get(SMOOTHED, []),
+        "rescaled": graph.meta.get(RESCALED, []),
         "weights": [r.to_dict() for r in graph.meta.get(RESULTS, [])],
         "clip": all(q.clip for q in quantizers(graph).values()),
         "example": example,
@@ -135,6 +137,7 @@ def load(folder: str | Path, model: Model, *, canonical: Pipeline | None = None)
     if TRAINED in gm.meta:
         make_trainable(gm)
     _fill(gm, tensors, folder)
+    gm.meta[RESCALED] = about.get("rescaled", [])
     gm.meta[RESULTS] = [WeightResult(**r) for r in about.get("weights", [])]
     gm.recompile()
     return gm

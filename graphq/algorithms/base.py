@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphq.algorithms.store import WeightStore
 
 T = TypeVar("T")
+RESCALED = "graphq_rescaled"  # in a graph's meta: ops whose values are not to be those of the float model
 
 
 class Alive(Protocol):
@@ -88,6 +89,17 @@ def expect_data(layer: LayerView, count: int, sizes: Tensor | None) -> None:
         raise CalibrationError("no calibration data reaches this layer", where=layer.where(), remedy=remedy)
     if not sizes.isfinite().all():
         raise CalibrationError("what this layer reads is not finite", where=layer.where(), remedy=NOT_FINITE)
+
+
+def mark_rescaled(gm: fx.GraphModule, first: fx.Node, readers: Sequence[fx.Node]) -> None:
+    """From this op to what reads it in the end, channels have other scales than in the float model."""
+    names, to_see = set(gm.meta.get(RESCALED, ())), [first]
+    while to_see:
+        node = to_see.pop()
+        if node not in readers and node.name not in names:
+            names.add(node.name)
+            to_see += node.users
+    gm.meta[RESCALED] = sorted(names)
 
 
 def replace_read(gm: fx.GraphModule, old: fx.Node, user: fx.Node, tensor: Tensor, suffix: str) -> fx.Node:

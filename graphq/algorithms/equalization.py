@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphq.algorithms.absorption import shifts
-from graphq.algorithms.base import ALGORITHMS, Run, replace_read
+from graphq.algorithms.base import ALGORITHMS, Run, mark_rescaled, replace_read
 from graphq.algorithms.layers import Layer, by_input
 from graphq.errors import ConfigError
 from graphq.graph.optable import family_of
@@ -58,6 +58,7 @@ def equalization(graphs: Sequence[fx.GraphModule], run: Run, *, sweeps: int = 50
         for first, second in pairs:
             _divide_rows(known[first], scales[first, second])
             _multiply_columns(known[second], scales[first, second])
+            mark_rescaled(gm, known[first].node, [known[second].node])
         finish(gm)
 
 

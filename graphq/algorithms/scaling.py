@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphq.algorithms.base import Run, expect_data, replace_read
+from graphq.algorithms.base import Run, expect_data, mark_rescaled, replace_read
 from graphq.algorithms.makers import WORD, Maker, made_by
 from graphq.algorithms.samples import RowSamples, rows_of
 from graphq.graph.decision import KEY as DECISION
@@ -213,6 +213,7 @@ def apply_scale(gm: fx.GraphModule, group: Group, scale: Tensor, *, fold: bool) 
         maker = _maker(gm, group)
         assert maker is not None, group.name
         maker.divide(gm, scale)
+        mark_rescaled(gm, maker.op, group.readers)
     else:
         _multiply(gm, group, 1 / scale)
 

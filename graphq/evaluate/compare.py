@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphq.algorithms.base import RESCALED
 from graphq.calibration.batches import batches_of, check_batch
 from graphq.errors import CalibrationError
 from graphq.evaluate.verify import db, flat_outputs
@@ -107,7 +108,7 @@ def compare(model: Any, quantized: fx.GraphModule, data: Any, *, per_op: bool = 
 
     The model is traced again, and its graph is the reference: eager modules may take other paths than their graphs.
     per_op: also the SQNR of every op. Of one whose rows are chosen by values (an expert's) only batches count in which
-    both sides have chosen as many.
+    both sides have chosen as many, and ops whose channels an algorithm has scaled are left out.
     """
     expect_one(quantized, "compare")
     reference = _float_graph(model, quantized)
@@ -154,7 +155,8 @@ class _Watch(fx.Interpreter):
 def _names(quantized: fx.GraphModule) -> set[str]:
     """The ops of the model: those with decisions, without quantizers."""
     names = {n.name for n in quantized.graph.nodes if (d := decision_of(n)) is not None and d.action != "skip"}
-    return names - {n.name for n in quantized.graph.nodes if n.op == "call_module" or "graphq" in str(n.target)}
+    names -= {n.name for n in quantized.graph.nodes if n.op == "call_module" or "graphq" in str(n.target)}
+    return names - set(quantized.meta.get(RESCALED, ()))
 
 
 def _add_errors(errors: dict[str, list[float]], reference: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -55,6 +55,15 @@ def float_of(graph, x):
     return graph(*x) if isinstance(x, tuple) else graph(x)
 
 
+def test_what_lies_between_equalized_layers_is_not_compared_with_the_float_model():
+    model = Separable().eval()
+    graph = graphq.calibrate(prepared(model), batches(), progress=False)
+    ops = graphq.compare(model, graph, batches()).ops
+    between = {n.name for n in graph.graph.nodes if n.name in ("conv2d", "relu", "conv2d_1", "relu_1", "max_pool2d")}
+    assert len(between) == 5 and not between & {o.node for o in ops}
+    assert {"conv2d_3", "linear_1"} <= {o.node for o in ops} and min(o.sqnr for o in ops) > 15
+
+
 @torch.no_grad()
 def test_the_function_stays_and_both_ranges_of_a_channel_are_one():
     model = Separable()

@@ -114,6 +114,17 @@ def test_a_saved_graph_continues_where_it_was(tmp_path):
     assert torch.equal(graphq.convert(loaded)(x), graphq.convert(graph)(x))
 
 
+def test_ops_whose_channels_are_scaled_are_not_compared_with_those_of_the_float_model(tmp_path):
+    model = Block(post=False).eval()
+    graph = calibrated(model, "int8_smoothquant")
+    norm = next(n.name for n in graph.graph.nodes if "layer_norm" in str(n.target))
+    with torch.no_grad():
+        assert not torch.allclose(norm_of(graph), model.norm.weight)
+    for quantized in (graph, graphq.convert(graph), graphq.load(graphq.save(graph, tmp_path / "g"), model)):
+        ops = graphq.compare(model, quantized, data()).ops
+        assert norm not in {o.node for o in ops} and len(ops) >= 4 and min(o.sqnr for o in ops) > 15
+
+
 def test_two_targets_are_smoothed_alike():
     both = graphq.prepare(Block(True).eval(), SMOOTH, (data()[0],), target=["onnxruntime", "tensorrt"])
     graphq.calibrate(both, data(), progress=False)

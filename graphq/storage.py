@@ -137,7 +137,7 @@ def load(folder: str | Path, model: Model, *, canonical: Pipeline | None = None)
     if TRAINED in gm.meta:
         make_trainable(gm)
     _fill(gm, tensors, folder)
-    gm.meta[RESCALED] = about.get("rescaled", [])
+    gm.meta[RESCALED] = about.get("rescaled", gm.meta.get(RESCALED, []))
     gm.meta[RESULTS] = [WeightResult(**r) for r in about.get("weights", [])]
     gm.recompile()
     return gm

@@ -48,6 +48,7 @@ def quantized_weights(calibrated: fx.GraphModule) -> Iterator[QuantizedWeight]:
     return _each(calibrated)
 
 
+@torch.no_grad()
 def _each(calibrated: fx.GraphModule) -> Iterator[QuantizedWeight]:
     results, seen = {r.node: r for r in weight_results(calibrated)}, set()
     for node in calibrated.graph.nodes:
@@ -59,8 +60,7 @@ def _each(calibrated: fx.GraphModule) -> Iterator[QuantizedWeight]:
             if call is None or call in seen:
                 continue
             seen.add(call)
-            with torch.no_grad():
-                yield _weight(LayerView(calibrated, node), read, call, results.get(node.name))
+            yield _weight(LayerView(calibrated, node), read, call, results.get(node.name))
 
 
 def _weight(view: LayerView, read: fx.Node, call: fx.Node, result: WeightResult | None) -> QuantizedWeight:

@@ -58,7 +58,7 @@ class _HeldOut:
         count = tensors[0].shape[1]
         if not self.share or sum(r.shape[1] for r in self.rows) >= ENOUGH:
             return list(tensors)
-        pieces = torch.rand(-(-count // piece), generator=self.order) < self.share
+        pieces = torch.rand(-(-count // piece), generator=self.order, device="cpu") < self.share
         held = pieces.repeat_interleave(piece)[:count].to(tensors[0].device)
         self.rows.append(tensors[0][:, held])
         return [t[:, ~held] for t in tensors]

@@ -55,7 +55,7 @@ class WeightResult:
 
     def words(self) -> str:
         """For a decision's reason."""
-        if len(self.unseen) == self.groups:
+        if len(self.unseen) == self.groups and self.relative_output_squared_error is None:
             return f"{self.algorithm}: no token of the calibration data reaches it, and it is rounded to the nearest"
         back = "; held-out data say no better than the nearest, which is taken" if self.taken_back else ""
         if 0 < len(self.taken_back) < self.groups:

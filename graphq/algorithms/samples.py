@@ -42,7 +42,7 @@ class RowSamples(nn.Module):
             return
         if not self.count:
             self.lowest, self.highest = (rows.new_full((2, rows.shape[1]), far) for far in (torch.inf, -torch.inf))
-        drawn = torch.rand(len(rows), generator=self.order) < 0.5
+        drawn = torch.rand(len(rows), generator=self.order, device="cpu") < 0.5
         second = drawn.to(rows.device)
         for half, some in enumerate((rows[~second], rows[second])):
             if len(some):

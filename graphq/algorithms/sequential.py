@@ -242,7 +242,8 @@ def round_weights(
     seconds, found = time.perf_counter() - start, []
     rows = [len(weight)] if len(layers) == 1 else [layer.shape_of_weight[0] for layer in layers]
     for layer, w, c, g in zip(layers, weight.split(rows), chosen.split(rows), grid.split(rows), strict=True):
-        c, back = _judged(w, c, g, moments.held) if torch.equal(grid.scale, scale) else (c, ())  # refitted: see gptq
+        judged = _wants(choose, JUDGED) and torch.equal(grid.scale, scale)  # else refitted: see gptq
+        c, back = _judged(w, c, g, moments.held) if judged else (c, ())
         errors = errors_of(w, c, g, hessian, moments.rows)
         about = (layer.node.name, layer.view.path, name, seconds * len(w) / len(weight))
         result = WeightResult(*about, **errors, unseen=moments.unseen, taken_back=back)  # type: ignore[arg-type]

@@ -59,8 +59,8 @@ def smoothquant(
             remedy="Leave it out (the preset int8 is int8_smoothquant without it); awq is for weights alone.",
         )
     asked = _by_group(graphs[0], every[0], alpha) if isinstance(alpha, dict) else dict.fromkeys(every[0], alpha)
-    every[0] = {name: group for name, group in every[0].items() if asked[name] is not None}
     every[0] = listed(graphs[0], every[0], scaling_layers, model_decoder_layers, "smoothquant")
+    every[0] = {name: group for name, group in every[0].items() if asked[name] is not None}
 
     def choose(group: Group, seen: RowSamples) -> Tensor | None:
         how = asked[group.name]

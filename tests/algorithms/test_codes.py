@@ -44,6 +44,11 @@ def test_convolutions_and_zero_points_have_theirs():
     assert weight.codes.shape == (6, 4, 3, 3) and weight.zero_point.unique().numel() > 1
 
 
+def test_going_through_them_leaves_gradients_on():
+    for weight in quantized_weights(calibrated(Decoder(1), config(), correlated())):
+        assert torch.is_grad_enabled() and not weight.scale.requires_grad
+
+
 def test_a_table_that_two_ops_read_comes_once():
     class Tied(nn.Module):
         def __init__(self):

@@ -45,6 +45,11 @@ def test_only_the_groups_that_are_listed_are_scaled(algorithm, args):
     assert changed <= {f"{i}.{name}" for i in range(2) for name in own} and changed
 
 
+def test_a_listed_group_may_have_no_scale_in_some_layers():
+    found, _ = scaled([QKV], algorithm="smoothquant", alpha={"*layers.0.*": None, "*layers.1.*": 0.5})
+    assert len(found) == 1
+
+
 def test_an_entry_whose_condition_does_not_hold_is_left_out():
     assert scaled([QKV, {**OUT, "condition": SHAPES}], kv_heads=2)[0] == scaled([QKV], kv_heads=2)[0]
     assert len(scaled([OUT], kv_heads=4)[0]) == len(scaled([{**OUT, "condition": SHAPES}], kv_heads=4)[0])

@@ -63,7 +63,8 @@ def weight_algorithm(
     of layers that are rounded as they are) and `propagate_error`. A layer of several groups (of channels, of experts)
     is several such weights; together: the function gets them all at once, weight [groups, out, in], hessian
     [groups, in, in]. by_row: each row of a weight is chosen as if it were alone, so that layers of one tensor may come
-    as one weight. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in] or None, in place of those of
+    as one weight. judged: where a layer sees few rows, some are held out, and the nearest values taken where they do
+    better on these. asymmetric: the function has an argument `cross`, (X - X̂)·X̂ᵀ [in, in] or None, in place of those of
     qep and propagation.
     """
 

@@ -271,9 +271,9 @@ def _place_of(
 
 def original_name(name: str, known: Mapping[str, Any]) -> tuple[str | None, bool]:
     """(the model's own name of a tensor, whether it is transposed there): what keeps its place appends words to it."""
-    turned, words = False, sorted((*WORDS, *ALGORITHMS.names()), key=len, reverse=True)  # fpi_gptq before gptq
+    turned = False
     while name not in known:
-        word = next((w for w in words if name.endswith(f"_{w}")), None)
+        word = _last_word(name)
         if word is None:
             return None, False
         name, turned = name.removesuffix(f"_{word}"), turned ^ (word == TRANSPOSED)
@@ -282,10 +282,14 @@ def original_name(name: str, known: Mapping[str, Any]) -> tuple[str | None, bool
 
 def bare_name(name: str) -> str:
     """Without the words that graphq appends."""
-    words = sorted((*WORDS, *ALGORITHMS.names()), key=len, reverse=True)
-    while (word := next((w for w in words if name.endswith(f"_{w}")), None)) is not None:
+    while (word := _last_word(name)) is not None:
         name = name.removesuffix(f"_{word}")
     return name
+
+
+def _last_word(name: str) -> str | None:
+    words = sorted((*WORDS, *ALGORITHMS.names()), key=len, reverse=True)  # fpi_gptq before gptq
+    return next((w for w in words if name.endswith(f"_{w}")), None)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
